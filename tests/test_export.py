@@ -1,0 +1,34 @@
+"""Notebooks, package, script templates and README agree, and what is committed is clean."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_export_changes_nothing(tmp_path):
+    copy = tmp_path / "kit"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".gpu", ".pytest_cache"))
+    subprocess.run([sys.executable, str(ROOT / ".ci/export.py"), str(copy)], cwd=copy, check=True, capture_output=True, text=True)
+    exported = [*copy.glob("qlora_kit/*.py"), *copy.glob("qlora_kit/assets/**/*.py"), copy / "README.md"]
+    differ = [str(f.relative_to(copy)) for f in exported if not (ROOT / f.relative_to(copy)).exists() or f.read_bytes() != (ROOT / f.relative_to(copy)).read_bytes()]
+    assert not differ, f"run `make export`: {differ}"
+
+
+def test_every_module_has_a_page():
+    pages = {m[1] for p in (ROOT / "nbs").glob("*.ipynb") for m in re.finditer(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))}
+    modules = {p.stem for p in (ROOT / "qlora_kit").glob("*.py")} - {"__init__", "_modidx"}
+    assert modules == pages
+
+
+def test_stored_outputs_are_clean():
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                text = json.dumps({k: v for k, v in output.get("data", {}).items() if k != "image/png"}) + "".join(output.get("text", []))
+                found = re.search(r"/root/|/home/\w|/tmp/|Warning|Traceback|it/s|\\u001b\[", text)
+                assert not found, f"{page.name}: a stored output holds {found[0]!r}: {text[max(0, found.start() - 60):found.end() + 60]}"
+                assert output["output_type"] != "error", f"{page.name} stores an error"
