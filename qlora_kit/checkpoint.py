@@ -92,7 +92,7 @@ def rng_state() -> dict: # JSON-able
     if torch.cuda.is_available(): state["cuda"] = pack(torch.cuda.get_rng_state().numpy().tobytes())
     return state
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint031
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint032
 def set_rng_state(
     state:dict, # from `rng_state`, also after a trip through JSON
 ):
@@ -105,7 +105,7 @@ def set_rng_state(
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(torch.frombuffer(unpack(state["cuda"]), dtype=torch.uint8))
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint041
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint042
 @dataclass
 class State:
     "All that a run must remember after `step` optimizer steps."
@@ -113,7 +113,7 @@ class State:
     tensors: dict[str, Tensor] # "param/<name>" fp32 masters, "exp_avg/<name>", "exp_avg_sq/<name>", "step/<name>"
     info: dict = field(default_factory=dict) # JSON-able: config, epoch, best_val, tokens, rng, ...
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint046
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint047
 def file_of(
     name:str, # key in `State.tensors`
 ) -> str: # name of the file that holds it
@@ -127,7 +127,7 @@ def alone(
     tensor = tensor.detach().cpu().contiguous()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint048
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint049
 def plain(
     value, # nested dicts and lists of numbers, text, paths
 ): # what strict JSON can hold
@@ -145,7 +145,7 @@ def restored(
     if isinstance(value, list): return [restored(v) for v in value]
     return NONFINITE.get(value, value) if isinstance(value, str) else value
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint051
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint052
 def fsync(
     path, # file or folder
 ):
@@ -160,7 +160,7 @@ def fingerprint(
     "What a file must still be when it is read again."
     with open(path, "rb") as f: return dict(bytes=os.path.getsize(path), sha256=hashlib.file_digest(f, "sha256").hexdigest())
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint052
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint053
 def write_files(
     folder:Path, # an empty folder
     state:State, # what to write
@@ -176,7 +176,7 @@ def write_files(
     write_atomic(folder/"state.json", json.dumps(record, allow_nan=False, ensure_ascii=False, indent=1))
     fsync(folder)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint054
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint055
 def checkpoints(
     run, # run folder
 ) -> list[Path]: # newest first, whole or not
@@ -190,7 +190,7 @@ def step_of(
     "The step in a checkpoint's name."
     return int(re.match(r"step-(\d+)", Path(path).name)[1])
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint056
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint057
 def discard(
     path:Path, # a checkpoint folder
 ):
@@ -208,11 +208,11 @@ def prune(
 ):
     "Delete what is neither new nor best. Later steps go too: by resuming before them, the run has left them."
     past = [p for p in checkpoints(run) if step_of(p) <= step and p.suffix != ".replaced"]
-    stay = past[:keep and max(keep, 1)] + [p for p in past if step_of(p) == best_step]
+    stay = past[:None if keep is None else max(keep, 1)] + [p for p in past if step_of(p) == best_step]
     for path in checkpoints(run):
         if path not in stay: discard(path)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint058
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint059
 def save_checkpoint(
     run, # run folder
     state:State, # what to save
@@ -236,7 +236,7 @@ def save_checkpoint(
     prune(run, state.step, keep, best_step)
     return final
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint061
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint062
 def damage(
     path, # a checkpoint folder
 ) -> str|None: # what is wrong; None if it is whole
@@ -250,7 +250,7 @@ def damage(
         if file.stat().st_size != want["bytes"]: return f"{name} has {file.stat().st_size} of its {want['bytes']} bytes"
         if fingerprint(file) != want: return f"{name} is not what was written (SHA-256 differs)"
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint062
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint063
 def load_checkpoint(
     path, # a checkpoint folder
 ) -> State: # tensors on the CPU
@@ -261,7 +261,7 @@ def load_checkpoint(
     tensors = {k:v for name in stored["files"] for k,v in load_file(path/name).items()}
     return State(stored["step"], tensors, restored(stored["info"]))
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint067
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint068
 def newest_checkpoint(
     run, # run folder
 ) -> Path|None: # None if there is none that is whole
@@ -271,7 +271,7 @@ def newest_checkpoint(
         if wrong is None: return path
         print(f"{path}: {wrong}; passed over", file=sys.stderr)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint079
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint080
 LONGER = frozenset({"training.num_epochs", "training.max_steps"})
 FREE = frozenset({f"training.{k}" for k in ("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "early_stop_patience",
                   "save_total_limit", "output_dir", "report_to")} | {"data.score", "data.score_file"})
@@ -285,7 +285,7 @@ def may_change(
     length = lambda v: v if v is not None and v > 0 else float("inf")
     return name in FREE or name in LONGER and length(new) >= length(old)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint081
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint082
 def settings(
     config:dict, # nested: section -> key -> value
     prefix:str="", # put before each name
@@ -296,7 +296,7 @@ def settings(
         flat |= settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix+key:value}
     return flat
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint082
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint083
 def check_resume(
     old_config:dict, # the config that the run was started with
     new_config:dict, # the config that it should go on with

@@ -177,7 +177,7 @@ def live_figures(
 ) -> dict[str, str]: # name -> short text
     "The few numbers of a record that fit on a live line."
     record = {"val_loss":val_loss, **record}
-    shown = dict(loss=("loss", ".4g"), val_loss=("val_loss", ".4g"), lr=("lr", ".1e"), tokens_per_s=("tok/s", ",.0f"), mem_gb=("GB", ".2f"))
+    shown = dict(loss=("loss", ".4g"), val_loss=("val_loss", ".4g"), tokens_per_s=("tok/s", ",.0f"), mem_gb=("GB", ".2f"), lr=("lr", ".1e"))
     return {name:format(float(record[f]), spec) for f,(name,spec) in shown.items() if record.get(f) is not None}
 
 # %% ../nbs/10_monitor.ipynb #10monitor052
@@ -188,7 +188,8 @@ class Bar:
         start:int=0, # steps already taken, on resume
         stream=None, # stderr by default
     ):
-        self.bar = tqdm(total=total, initial=start, file=stream or sys.stderr, unit="step", dynamic_ncols=True)
+        form = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.bar = tqdm(total=total, initial=start, file=stream or sys.stderr, bar_format=form, dynamic_ncols=True)
 
     def update(self, step:int, shown:dict):
         "Move to `step` and show these texts."

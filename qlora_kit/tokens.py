@@ -55,8 +55,7 @@ def ensure_template(
         raise UserError(f"{_name(tokenizer)}: received no EOS token; one is needed to end answers; "
                         "set it with tokenizer.eos_token = '...'")
     if tokenizer.chat_template is None:
-        first = tokenizer("x")["input_ids"][0]
-        adds_bos = tokenizer.bos_token is not None and first == tokenizer.bos_token_id
+        adds_bos = tokenizer.bos_token is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
         tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + FALLBACK_TEMPLATE
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -86,8 +85,8 @@ def answer_span(
     found = text.find(content, start, stop)
     if not text.startswith(before) or found < 0:
         raise UserError(f"{_name(tokenizer)}: its chat template does not write message {i+1} of {len(messages)} the same way once more "
-                        "messages follow (Qwen3's drops earlier thinking); a conversation must grow by appending: "
-                        "split the row into one row per answer, or set tokenizer.chat_template")
+                        "messages follow (Qwen3's drops earlier thinking); allowed are templates that only append: "
+                        "keep one question and one answer a row, or set tokenizer.chat_template")
     end = _end_token(tokenizer).search(text, found + len(content), stop)
     return (start, end.end(), True) if end else (start, found + len(content), False)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[1] / "qlora_kit" / "assets" / "data"
 SEED = 7
-TRAIN = {"en": 270, "zh": 140}
+TRAIN = {"en": 190, "zh": 220}
 HELDOUT = {"en": 48, "zh": 24}
 
 NAMES = {
@@ -81,6 +81,7 @@ PHRASINGS = {   # {N} name, {Q} quantity, {U} unit, {I} item, {D} date
            "deliver": "Deliver {Q} {U} of {I} to {N} on {D}.", "pick-up": "{N} will pick up {Q} {U} of {I} on {D}."},
     "zh": {"订了": "{N}订了{Q}{U}{I}，{D}送。", "给": "{D}给{N}{Q}{U}{I}。", "要": "{N}要{Q}{U}{I}，{D}前到。", "想要": "{D}，{N}想要{Q}{U}{I}。",
            "送到家": "{D}把{Q}{U}{I}送到{N}家。", "单子": "{Q}{U}{I}，{N}，{D}。", "来取": "{N}{D}来取{Q}{U}{I}。", "留": "给{N}留{Q}{U}{I}，{D}用。",
+           "下单": "{N}下单{Q}{U}{I}，{D}寄出。", "寄": "{D}要给{N}寄{Q}{U}{I}。", "带": "{D}记得带{Q}{U}{I}给{N}。", "欠": "欠{N}{Q}{U}{I}，{D}前还。",
            "买了": "{N}买了{Q}{U}{I}，{D}发货。", "前送": "{D}前给{N}送{Q}{U}{I}。"},
 }
 HELDOUT_ONLY = {"en": ["deliver", "pick-up"], "zh": ["买了", "前送"]}
@@ -176,6 +177,8 @@ def orders(lang, n, heldout):
     shuffle, rng = random.Random(SEED), random.Random(f"{SEED} {lang} {heldout}")
     size, units = HELDOUT[lang], list(UNIT_WORDS["en"])
     quantities = {u: take(shuffle, range(2, 13), heldout, 2) for u in units}
+    if lang == "zh" and not heldout:                    # 十, 十一 and 十二 are the hardest to tell apart: twice as many of them
+        quantities = {u: q + [n for n in q if n > 9] for u, q in quantities.items()}
     days = take(shuffle, [(m, d) for m in range(1, 13) for d in range(1, 29)], heldout, sum(HELDOUT.values()))
     names = take(shuffle, NAMES[lang], heldout, size)
     items = {u: take(shuffle, ITEMS[lang][u].split(), heldout, size // len(units)) for u in units}

@@ -1,4 +1,8 @@
 "loss: additive over micro-batches, equal to transformers' own, one call of the head whatever the targets."
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -86,3 +90,43 @@ def test_loss_in_bf16_is_summed_in_fp32():
     hidden, labels = torch.randn(8, 400, 8, dtype=torch.bfloat16), torch.ones(8, 400, dtype=torch.int64)
     loss, n = target_loss(hidden, labels, nn.Linear(8, 50).bfloat16())
     assert loss.dtype == torch.float32 and n == 8 * 399
+
+
+RANKS = """
+import deepspeed, torch, torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+from qlora_kit.loss import LossModel
+torch.set_num_threads(1)
+deepspeed.init_distributed("gloo")
+def build():
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))
+    return LossModel(get_peft_model(llama, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)), chunk=8)
+def row(n, seed):
+    ids = torch.randint(128, (1, 64), generator=torch.Generator().manual_seed(seed))
+    return dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids.masked_fill(torch.arange(64) < 64 - n, -100))
+alone, model = build(), build()
+weights = lambda m: [p for p in m.parameters() if p.requires_grad]
+config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0), zero_allow_untested_optimizer=True, gradient_clipping=0.0)
+engine, *_ = deepspeed.initialize(model=model, model_parameters=weights(model), optimizer=torch.optim.SGD(weights(model), lr=0.5), config=config)
+optimizer = torch.optim.SGD(weights(alone), lr=0.5)
+for step, counts in enumerate([(60, 0), (3, 50), (40, 60)]):
+    rows, N = [row(n, 2*step+i) for i, n in enumerate(counts)], sum(counts)
+    loss_sum = engine(**rows[dist.get_rank()])
+    engine.backward(loss_sum * dist.get_world_size() / N); engine.step()
+    total = loss_sum.detach().clone(); dist.all_reduce(total)
+    reference = sum(alone(**r) for r in rows)
+    (reference / N).backward(); optimizer.step(); optimizer.zero_grad()
+    assert abs(total - reference) <= 1e-5 * reference, (step, total, reference)
+print("ranks agree")
+"""
+
+
+@pytest.mark.ranks
+def test_two_zero3_ranks_with_unequal_targets_equal_one_process(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"]
+    run = subprocess.run(command, cwd=tmp_path, env=os.environ | dict(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""),
+                         capture_output=True, text=True, timeout=300)
+    assert run.stdout.count("ranks agree") == 2, run.stderr[-3000:]

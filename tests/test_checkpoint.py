@@ -1,0 +1,153 @@
+"""Checkpoint: kills at random moments, exceptions between writes, pruning, optimizers, settings."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_kit import checkpoint
+from qlora_kit.checkpoint import (State, check_resume, checkpoints, load_checkpoint, load_optimizer_tensors, newest_checkpoint,
+                                  optimizer_tensors, save_checkpoint)
+from qlora_kit.data import UserError
+
+
+def state(step, size=1000):
+    return State(step, {f"{what}/w":torch.full((size,), float(step)) for what in ("param", "exp_avg", "exp_avg_sq")}, dict(twice=2*step))
+
+
+def names(run): return [p.name for p in checkpoints(run)]
+
+
+KILLER = """
+import os, random, signal, sys, time
+import torch
+from test_checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, state
+torch.set_num_threads(1)
+run, found = sys.argv[1], []
+save_checkpoint(run, state(1, 200_000))
+for kill in range(24):
+    saved, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        step = load_checkpoint(newest_checkpoint(run)).step
+        while True: # every third process saves one step again and again
+            step += kill % 3 > 0
+            save_checkpoint(run, state(step, 200_000), keep=2)
+            os.write(tell, b".")
+    os.read(saved, 1) # it has saved once; now at any moment
+    time.sleep(random.uniform(0, 0.06))
+    os.kill(child, signal.SIGKILL); os.waitpid(child, 0); os.close(saved); os.close(tell)
+    loaded = load_checkpoint(newest_checkpoint(run))
+    assert all((t == loaded.step).all() for t in loaded.tensors.values()) and len(loaded.tensors) == 3 and loaded.info == dict(twice=2*loaded.step)
+    found.append(loaded.step)
+assert found == sorted(found) and found[-1] > 16, found
+"""
+
+
+def test_killed_at_random_moments(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "", "a damaged checkpoint had to be passed over"
+
+
+def test_exception_between_files_leaves_the_previous_one(tmp_path, monkeypatch):
+    first = save_checkpoint(tmp_path, state(1))
+    real,written = checkpoint.save_file,[]
+    def fails_second(tensors, path):
+        written.append(path)
+        if len(written) == 2: raise OSError("No space left on device")
+        real(tensors, path)
+    monkeypatch.setattr(checkpoint, "save_file", fails_second)
+    with pytest.raises(OSError, match="No space"): save_checkpoint(tmp_path, state(2))
+    assert len(written) == 2 and [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["step-000001"]
+    assert newest_checkpoint(tmp_path) == first
+
+
+def test_stop_between_the_two_renames_of_a_step_saved_twice(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1))
+    real = Path.rename
+    def rename(self, target):
+        if self.suffix == ".tmp": raise KeyboardInterrupt
+        return real(self, target)
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt): save_checkpoint(tmp_path, state(1))
+    monkeypatch.undo()
+    assert load_checkpoint(newest_checkpoint(tmp_path)).step == 1
+    save_checkpoint(tmp_path, state(1))
+    assert names(tmp_path) == ["step-000001"]
+
+
+def test_keeps_newest_and_best_and_leaves_a_future_behind(tmp_path):
+    for step in (1, 2, 3, 4, 5): save_checkpoint(tmp_path, state(step), keep=1, best_step=2)
+    assert names(tmp_path) == ["step-000005", "step-000002"]
+    for step in (6, 7): save_checkpoint(tmp_path, state(step), keep=None)
+    assert len(names(tmp_path)) == 4
+    save_checkpoint(tmp_path, state(3), keep=2) # resumed before step 5
+    assert names(tmp_path) == ["step-000003", "step-000002"]
+    save_checkpoint(tmp_path, state(4), keep=0)
+    assert names(tmp_path) == ["step-000004"]
+
+
+def test_stop_while_deleting_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, state(1), keep=1)
+    def stops(path, **_):
+        if path.exists(): (path/"params.safetensors").unlink(); raise KeyboardInterrupt
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", stops)
+    with pytest.raises(KeyboardInterrupt): save_checkpoint(tmp_path, state(2), keep=1)
+    assert [checkpoint.damage(p) for p in checkpoints(tmp_path)] == [None]
+
+
+def test_views_and_transposed_tensors_are_written_whole(tmp_path):
+    whole = torch.arange(12.).reshape(3, 4)
+    views = {"param/row":whole[1], "param/overlap":whole.view(-1)[2:6], "param/t":whole.T, "exp_avg/expanded":torch.ones(1).expand(3)}
+    loaded = load_checkpoint(save_checkpoint(tmp_path, State(1, views))).tensors
+    assert loaded.keys() == views.keys() and all(torch.equal(loaded[k], views[k]) for k in views)
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+                                  lambda p: torch.optim.AdamW([{"params":p[1:]}, {"params":p[:1], "weight_decay":0.}], lr=0.1)])
+def test_optimizer_round_trip_steps_alike(tmp_path, make):
+    def build():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 2)
+        return dict(model.named_parameters()), make(list(model.parameters()))
+    def step(named, optimizer, i):
+        for p in named.values(): p.grad = torch.sin(torch.arange(p.numel()) + i).reshape(p.shape)
+        optimizer.step()
+    named,optimizer = build()
+    for i in range(3): step(named, optimizer, i)
+    path = save_checkpoint(tmp_path, State(3, optimizer_tensors(optimizer, named)))
+    again,fresh = build()
+    tensors = load_checkpoint(path).tensors
+    load_optimizer_tensors(fresh, again, tensors)
+    for i in range(3, 6): step(named, optimizer, i); step(again, fresh, i)
+    assert all(torch.equal(named[k], again[k]) for k in named)
+    assert all(torch.equal(v, load_checkpoint(path).tensors[k]) for k,v in tensors.items()), "the optimizer wrote into the state it was given"
+
+
+def test_moments_without_a_count_take_the_given_step():
+    named = {"w":torch.nn.Parameter(torch.zeros(2))}
+    optimizer = torch.optim.AdamW(named.values())
+    load_optimizer_tensors(optimizer, named, {f"{k}/w":torch.ones(2) for k in ("param", "exp_avg", "exp_avg_sq")}, step=7)
+    assert optimizer.state[named["w"]]["step"] == 7
+
+
+BASE = dict(model=dict(lora_r=16), training=dict(num_epochs=3, max_steps=None, seed=1, save_steps=10), data=dict(score="none"), deepspeed=dict(stage=3))
+
+@pytest.mark.parametrize("section,key,value,allowed", [
+    ("training", "num_epochs", 5, True), ("training", "num_epochs", 2, False), ("training", "max_steps", 10, False), ("training", "save_steps", 99, True),
+    ("data", "score", "exact_match", True), ("training", "seed", 2, False), ("model", "lora_r", 8, False), ("deepspeed", "stage", 2, False)])
+def test_which_settings_may_change(section, key, value, allowed):
+    new = BASE | {section:BASE[section] | {key:value}}
+    if allowed: assert len(check_resume(BASE, new)) == 1
+    else:
+        with pytest.raises(UserError) as e: check_resume(BASE, new)
+        assert f"{section}.{key} (the run: {BASE[section][key]!r}, now: {value!r})" in str(e.value)
+
+
+def test_all_refused_settings_are_named_and_nothing_else():
+    with pytest.raises(UserError) as e: check_resume(BASE, BASE | dict(model=dict(lora_r=8), training=BASE["training"] | dict(seed=2, save_steps=5)))
+    first = str(e.value).splitlines()[0]
+    assert "model.lora_r" in first and "training.seed" in first and "save_steps" not in first
+    assert check_resume(BASE, BASE) == []

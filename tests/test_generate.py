@@ -1,0 +1,121 @@
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_kit.data import UserError
+from qlora_kit.generate import dequantized, generate, stop_ids
+from qlora_kit.loader import load_model, packed_hash
+from qlora_kit.lora import add_lora, lora_parameters
+
+WORDS = [f"w{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["</s>", "<pad>", "?", "a:", *WORDS])}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="<pad>",
+                                   chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}a:{% endif %}")
+
+
+def make(family):
+    torch.manual_seed(3)
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=40, vocab_size=64, bos_token_id=0, eos_token_id=0, initializer_range=0.3)).eval()
+    return LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                        vocab_size=64, max_position_embeddings=40, initializer_range=0.3)).eval()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder, model = tmp_path_factory.mktemp("llama"), make("llama")
+    model.config.save_pretrained(folder)
+    save_file(model.state_dict(), folder/"model.safetensors", {"format": "pt"})
+    return lambda **k: load_model(folder, **k)
+
+
+def ask(*lengths): return [[dict(role="user", content=" ".join(WORDS[(7*n + i) % 60] for i in range(n)))] for n in lengths]
+
+
+@torch.no_grad()
+def alone(model, tokenizer, messages, n):
+    "Greedy, one prompt, no cache, no batch: the plainest loop."
+    ids = tokenizer(messages[0]["content"] + " a:", return_tensors="pt").input_ids
+    T = ids.shape[1]
+    while ids.shape[1] < T + n and ids[0, -1] not in stop_ids(model, tokenizer): ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+    return tokenizer.decode(ids[0, T:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_batch_answers_like_single_prompts_in_the_order_asked(tokenizer, family):
+    model, conversations = make(family), ask(3, 11, 1, 7, 20, 2)
+    model.train()
+    answers = generate(model, tokenizer, conversations, max_new_tokens=12, batch_size=4)
+    assert model.training
+    model.eval()
+    assert answers == [alone(model, tokenizer, c, 12) for c in conversations]
+    assert len(set(answers)) > 1 and all(answers)
+
+
+def test_stops_at_declared_end_tokens(tokenizer):
+    model, conversations = make("llama"), ask(3, 9)
+    plain = generate(model, tokenizer, conversations, max_new_tokens=8)
+    end = plain[0].split()[2]
+    model.generation_config.eos_token_id = [0, tokenizer.convert_tokens_to_ids(end)]
+    assert generate(model, tokenizer, conversations, max_new_tokens=8)[0].split() == plain[0].split()[:plain[0].split().index(end) + 1]
+
+
+def test_the_models_own_settings_do_not_leak_in(tokenizer, caplog, recwarn):
+    model, conversations = make("llama"), ask(3, 9)
+    plain = generate(model, tokenizer, conversations, max_new_tokens=8)
+    for name, value in dict(do_sample=True, temperature=0.1, top_p=0.5, top_k=3, repetition_penalty=5.0).items(): setattr(model.generation_config, name, value)
+    logging.getLogger("transformers").propagate = True
+    assert generate(model, tokenizer, conversations, max_new_tokens=8) == plain
+    drawn = {generate(model, tokenizer, ask(3), 8, temperature=5.0, seed=s)[0] for s in range(5)}
+    assert len(drawn) == 5
+    assert not caplog.records and not [w for w in recwarn if "generation" in str(w.message)]
+
+
+def test_a_seed_decides_the_draw_and_leaves_the_callers_generator(tokenizer):
+    model = make("llama")
+    torch.manual_seed(5); before = torch.get_rng_state()
+    first = generate(model, tokenizer, ask(3, 4), 8, temperature=2.0, seed=1)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(10)
+    assert generate(model, tokenizer, ask(3, 4), 8, temperature=2.0, seed=1) == first != generate(model, tokenizer, ask(3, 4), 8, temperature=2.0, seed=2)
+
+
+@pytest.mark.parametrize("settings, words", [(dict(max_new_tokens=20), "prompt 2 has 31 tokens.*lower max_new_tokens to 9"), (dict(max_new_tokens=0), "max_new_tokens"),
+                                             (dict(batch_size=0), "batch_size"), (dict(temperature=-1), "temperature")])
+def test_refusals(tokenizer, settings, words):
+    with pytest.raises(UserError, match=words): generate(make("llama"), tokenizer, ask(3, 30), **settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_dequantized_is_equal_to_the_bit_and_leaves_no_trace(packed, dtype, double_quant):
+    model = add_lora(packed(dtype=dtype, double_quant=double_quant), r=4, seed=0).eval()
+    with torch.no_grad():
+        for p in lora_parameters(model).values(): p += 0.02
+        ids, before = torch.arange(20).reshape(2, 10), packed_hash(model)
+        expected = model(ids).logits
+        methods = {name: m.__dict__.get("forward") for name, m in model.named_modules()}
+        with pytest.raises(KeyboardInterrupt), dequantized(model):
+            assert torch.equal(model(ids).logits, expected)
+            raise KeyboardInterrupt
+        assert torch.equal(model(ids).logits, expected)
+    assert packed_hash(model) == before and {name: m.__dict__.get("forward") for name, m in model.named_modules()} == methods
+
+
+def test_dequantized_decodes_once(packed, monkeypatch):
+    import qlora_kit.generate as module
+    calls = []
+    monkeypatch.setattr(module, "dequantize_4bit", lambda *a, f=module.dequantize_4bit: calls.append(1) or f(*a))
+    model = packed()
+    with torch.no_grad(), dequantized(model):
+        for _ in range(3): model(torch.arange(10)[None])
+    assert len(calls) == 14

@@ -1,0 +1,115 @@
+"""Monitor: kills, terminals and files, strict JSON, going back, long runs."""
+import fcntl
+import json
+import math
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from io import StringIO
+
+import pytest
+import torch
+
+from qlora_kit.data import UserError
+from qlora_kit.monitor import Monitor, metrics_line, plot_curves, read_metrics, truncate_metrics
+
+WRITER = """
+import sys
+from qlora_kit.monitor import Monitor
+assert "matplotlib.pyplot" not in sys.modules
+monitor = Monitor(sys.argv[1], 10**9, quiet=True)
+for step in range(monitor.file.step + 1, 10**9): monitor.log(dict(step=step, loss=1/step))
+"""
+
+
+def write_and_kill(folder, lines):
+    before = len(read_metrics(folder))
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(folder)])
+    deadline = time.monotonic() + 60
+    while len(read_metrics(folder)) < before + lines and process.poll() is None and time.monotonic() < deadline: time.sleep(0.05)
+    assert process.poll() is None, "the writer ended by itself"
+    process.send_signal(signal.SIGKILL); process.wait()
+
+
+def test_killed_run_reads_and_goes_on(tmp_path):
+    write_and_kill(tmp_path, 50)
+    path = tmp_path/"metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-7]) # whatever the moment of the kill: a torn last line
+    write_and_kill(tmp_path, 50)
+    records = read_metrics(tmp_path)
+    assert [r["step"] for r in records] == list(range(1, len(records) + 1)) and len(records) > 90
+    elapsed = [r["elapsed_s"] for r in records]
+    assert elapsed == sorted(elapsed)
+
+
+def test_line_is_readable_when_log_returns(tmp_path):
+    monitor = Monitor(tmp_path, 2, quiet=True)
+    monitor.log(dict(step=1, loss=torch.tensor(0.5, requires_grad=True)))
+    assert read_metrics(tmp_path)[0]["loss"] == 0.5
+    assert {"mem_gb", "mem_peak_gb", "elapsed_s"} <= read_metrics(tmp_path)[0].keys()
+    monitor.close(); monitor.close()
+    assert (tmp_path/"curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("columns", [0, 140])
+def test_terminal_gets_a_bar_and_a_file_a_few_lines(tmp_path, columns):
+    master,slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    with os.fdopen(slave, "w") as terminal:
+        monitor = Monitor(tmp_path/"a", 20, stream=terminal)
+        for step in range(1, 21): monitor.log(dict(step=step, loss=1/step, lr=1e-4, **({"val_loss":0.25} if step == 10 else {})))
+        monitor.say("a line of its own")
+        monitor.close()
+        shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "20/20" in shown and "val_loss=0.25" in shown and "a line of its own" in shown and "\r" in shown
+    lines = StringIO()
+    monitor = Monitor(tmp_path/"b", 1000, stream=lines)
+    for step in range(1, 1001): monitor.log(dict(step=step, loss=1/step))
+    monitor.close()
+    assert [line.split()[1] for line in lines.getvalue().splitlines()] == ["1/1000", "1000/1000"]
+
+
+def test_quiet_and_other_ranks_are_silent(tmp_path, capfd):
+    for kind in (dict(quiet=True), dict(rank=1)):
+        folder = tmp_path/str(len(kind))/"-".join(kind)
+        monitor = Monitor(folder, 2, **kind)
+        monitor.log(dict(step=1, loss=1.)); monitor.say("hello"); monitor.close()
+        assert folder.exists() == ("quiet" in kind)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nonfinite_numbers_are_strict_json_and_come_back(tmp_path):
+    values = [math.nan, math.inf, -math.inf, torch.tensor(math.nan)]
+    (tmp_path/"metrics.jsonl").write_text("".join(metrics_line(dict(step=i, loss=v)) for i,v in enumerate(values)))
+    for line in open(tmp_path/"metrics.jsonl"): json.loads(line, parse_constant=pytest.fail)
+    read = [r["loss"] for r in read_metrics(tmp_path)]
+    assert math.isnan(read[0]) and read[1:3] == [math.inf, -math.inf] and math.isnan(read[3])
+    plot_curves(tmp_path)
+
+
+def test_damage_in_the_middle_names_its_line(tmp_path):
+    good = metrics_line(dict(step=1, loss=1.))
+    (tmp_path/"metrics.jsonl").write_text(good + '{"step": 2, "lo\n' + good)
+    with pytest.raises(UserError, match="line 2"): read_metrics(tmp_path)
+
+
+def test_truncate_keeps_bytes_and_leaves_no_temporary_file(tmp_path):
+    lines = [metrics_line(dict(step=s, loss=1/s)) for s in (10, 20, 30)]
+    (tmp_path/"metrics.jsonl").write_text("".join(lines) + '{"step": 4')
+    assert truncate_metrics(tmp_path, 20) == 1
+    assert (tmp_path/"metrics.jsonl").read_text() == "".join(lines[:2])
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_long_run_is_drawn_with_few_points_and_keeps_its_spike(tmp_path):
+    loss = lambda s: 99. if s == 777 else 1 + 1/s
+    (tmp_path/"metrics.jsonl").write_text("".join(f'{{"step": {s}, "loss": {loss(s)}}}\n' for s in range(1, 100_001)))
+    axes = plot_curves(tmp_path).axes[0]
+    assert all(len(line.get_xdata()) <= 1000 for line in axes.lines)
+    assert axes.dataLim.y1 >= 99

@@ -1,0 +1,170 @@
+"""The whole run on a tiny real checkpoint: resume, adapter, invariants, and the ways a run can end."""
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_kit.checkpoint import checkpoints, load_checkpoint
+from qlora_kit.config import load_config
+from qlora_kit.data import UserError
+from qlora_kit.monitor import read_metrics
+from qlora_kit.train import RunFailed, train
+
+TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
+
+
+def run(path, *overrides, **options):
+    return train(load_config(path, overrides), path.stem, quiet=True, base=path.parent, **options)
+
+
+def losses(result):
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(result.run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+    """An uninterrupted run with a checkpoint at every step; dropout on, accumulation 2."""
+    import yaml
+
+    from conftest import write_rows
+
+    folder = tmp_path_factory.mktemp("whole")
+    write_rows(folder / "rows.json")
+    values = {
+        "model": {"base_model": str(tiny_llama), "lora_r": 4, "lora_dropout": 0.1},
+        "training": {"num_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_length": 96,
+                     "save_steps": 1, "eval_steps": 4, "save_total_limit": 50, "output_dir": str(folder / "runs/whole")},
+        "data": {"train_file": "rows.json", "validation_split": 0.2},
+    }
+    path = folder / "whole.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path, run(path)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_resumed_equals_uninterrupted_to_the_last_bit(whole, tmp_path, step):
+    path, full = whole
+    cut = tmp_path / "cut"
+    shutil.copytree(full.run, cut)
+    for checkpoint in checkpoints(cut):  # a power cut after `step`: later checkpoints never came to be
+        if load_checkpoint(checkpoint).step > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(cut / "adapter")
+    resumed = run(path, f"training.output_dir={cut}", resume=cut)
+    assert losses(resumed) == losses(full)
+    a, b = (load_checkpoint(checkpoints(r.run)[0]) for r in (full, resumed))
+    assert a.step == b.step == full.summary["steps"] and a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
+    files = [load_file(r.run / "adapter/adapter_model.safetensors") for r in (full, resumed)]
+    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
+
+
+def test_the_run_learned_and_left_its_folder(whole):
+    _, full = whole
+    assert full.summary["last_loss"] < full.summary["first_loss"] - 0.5 and full.status == "done"
+    names = {p.name for p in full.run.iterdir()}
+    assert {"config.yaml", "environment.json", "metrics.jsonl", "curves.png", "checkpoints", "adapter", "summary.json", "logs", "state.json"} <= names
+    assert json.loads((full.run / "state.json").read_text())["state"] == "done"
+
+
+def test_plain_peft_loads_the_adapter_and_agrees(whole, tiny_llama):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qlora_kit.loader import load_model, packed_hash
+    from qlora_kit.lora import load_adapter
+
+    _, full = whole
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=quantized, dtype=torch.float32, device_map={"": "cpu"})
+    theirs = PeftModel.from_pretrained(theirs, full.run / "adapter").eval()
+    ours = load_adapter(load_model(tiny_llama), full.run / "adapter").eval()
+    ids = torch.arange(3, 43).reshape(2, 20)
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, ours(ids).logits)
+        with theirs.disable_adapter():
+            base = theirs(ids).logits
+    assert not torch.equal(base, theirs(ids).logits)
+    assert packed_hash(theirs) == packed_hash(ours)
+
+
+def test_frozen_bytes_never_change(tiny_config):
+    from qlora_kit.engine import Place
+    from qlora_kit.loader import packed_hash
+    from qlora_kit.train import Progress, fit, make_engine, make_job
+
+    class Silent:
+        log = staticmethod(lambda record: None)
+
+    path = tiny_config()
+    job = make_job(load_config(path), path.parent / "hash", Place(), path.parent)
+    before = packed_hash(job.model)
+    engine = make_engine(job)
+    engine.module.train()
+    fit(job, engine, Silent, Progress(), [])
+    assert packed_hash(job.model) == before
+
+
+def test_accumulated_micro_batches_equal_the_large_batch(tiny_config):
+    """Three steps with unequal target counts; fp32 sums in another order differ by a few roundings of 6e-8."""
+    runs = [run(tiny_config(f"acc{k}", training__batch_size=8 // k, training__gradient_accumulation_steps=k, training__max_steps=3, model__lora_dropout=0.0)) for k in (1, 2, 4)]
+    for other in runs[1:]:
+        for a, b in zip(losses(runs[0]), losses(other)):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+
+
+def test_recompute_changes_no_bit(tiny_config):
+    runs = [run(tiny_config(f"re-{r}", training__recompute=r, training__max_steps=3)) for r in ("none", "layer")]
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tiny_config):
+    path = tiny_config("nan", training__learning_rate=1e20, training__max_grad_norm=1e20, training__lr_scheduler="constant", training__save_steps=1)
+    with pytest.raises(RunFailed, match="learning_rate"):
+        run(path)
+    folder = path.parent / "runs/nan"
+    assert load_checkpoint(checkpoints(folder)[0]).step >= 1
+    state = json.loads((folder / "state.json").read_text())
+    assert state["state"] == "failed" and "learning_rate" in state["error"]
+
+
+def test_early_stop_keeps_the_best_adapter(tiny_config):
+    path = tiny_config("early", training__learning_rate=0.5, training__lr_scheduler="constant", training__early_stop_patience=2, training__eval_steps=1,
+                       training__save_steps=1, training__num_epochs=20)
+    result = run(path)
+    assert result.status == "early_stop" and result.summary["steps"] < 100
+    records = [r for r in read_metrics(result.run) if "val_loss" in r]
+    best = min(records, key=lambda r: r["val_loss"])
+    kept = load_checkpoint(result.run / f"checkpoints/step-{best['step']:06d}").tensors
+    adapter = load_file(result.run / "adapter/adapter_model.safetensors")
+    for name, tensor in adapter.items():
+        assert torch.equal(tensor, kept["param/" + name.replace(".weight", ".default.weight")])
+
+
+def test_the_control_folder_stops_a_run(tiny_config, monkeypatch):
+    from qlora_kit import train as module
+
+    path = tiny_config("control")
+    log = module.Monitor.log
+
+    def ask(self, record):
+        log(self, record)
+        if record["step"] == 2:
+            (self.folder / "control/stop").touch()
+
+    monkeypatch.setattr(module.Monitor, "log", ask)
+    result = run(path)
+    assert result.status == "stop" and result.summary["steps"] == 3 and load_checkpoint(checkpoints(result.run)[0]).step == 3
+
+
+def test_resume_refuses_another_learning_rate(whole):
+    path, full = whole
+    with pytest.raises(UserError, match=r"learning_rate.*0\.01.*0\.02"):
+        run(path, f"training.output_dir={full.run}", "training.learning_rate=0.02", resume=full.run)
+
+
+def test_a_run_is_never_written_over(tiny_config):
+    path = tiny_config("twice", training__max_steps=1)
+    assert [run(path).run.name for _ in range(3)] == ["twice", "twice-2", "twice-3"]
