@@ -85,7 +85,7 @@ class DataConfig(Section):
 
 class DeepspeedConfig(Section):
     "Used when several ranks train together and no DeepSpeed file is given."
-    stage: Literal[0, 1, 2, 3] = 3
+    stage: Literal[3] = 3
     offload_param: Literal["none", "cpu"] = "none"
     offload_optimizer: Literal["none", "cpu"] = "none"
 

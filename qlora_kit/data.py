@@ -106,7 +106,7 @@ def alpaca(
     where = where or row.get("_where", "row")
     if problem := _problem(row): raise UserError(f"{where}: {problem}. {_rule}")
     asked = row["instruction"] + (f"\n\n{row['input']}" if (row.get("input") or "").strip() else "")
-    turns = [("system", system_prompt)] * bool(system_prompt) + [("user", asked), ("assistant", row["output"])]
+    turns = [("system", system_prompt)] * (system_prompt is not None) + [("user", asked), ("assistant", row["output"])]
     meta = {k: v for k,v in row.items() if k not in ("instruction", "input", "output", "_where") and v is not None}
     return Conversation([dict(role=r, content=c) for r,c in turns], where, meta)
 

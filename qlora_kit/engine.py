@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'trainable', 'make_optimizer', 'dims', 'set_lr', 'LocalEngine', 'local_state', 'load_local_state', 'Place',
-           'find_place', 'DeepSpeedEngine', 'forget_warmup', 'gather_sharded', 'sharded_state', 'load_sharded_state']
+           'free_port', 'find_place', 'DeepSpeedEngine', 'empty_moments', 'gather_sharded', 'sharded_state',
+           'load_sharded_state']
 
 # %% ../nbs/09_engine.ipynb #09engine002
 import os
+import socket
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +103,11 @@ class Place:
     ranks: int = 1
     device: str = "cpu"
 
+def free_port()->int: # a TCP port of this machine that nobody listens on
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
 def find_place(several:bool=False, # join the other ranks through DeepSpeed, even if this is the only one
     )->Place: # of this process
     "Pick the device and, with several ranks, join them."
@@ -110,6 +117,7 @@ def find_place(several:bool=False, # join the other ranks through DeepSpeed, eve
     if cards: torch.cuda.set_device(device)
     if not several: return Place(device=device)
     import deepspeed
+    if "RANK" not in os.environ: os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
     if "OMP_NUM_THREADS" not in os.environ: torch.set_num_threads(max(1, len(os.sched_getaffinity(0))//per_host))
     deepspeed.init_distributed(dist_backend="nccl" if cards >= per_host else "gloo", verbose=False)
@@ -129,7 +137,7 @@ class DeepSpeedEngine:
         self.rank, self.ranks, self.device = self.place.rank, self.place.ranks, self.place.device
         self.params = trainable(self.module)
         self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=self.optimizer, config=self.config)
-        forget_warmup(self.ds.optimizer)
+        empty_moments(self.ds)
 
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss of this rank
         return self.ds(**{k: v.to(self.device) for k, v in batch.items()})
@@ -141,7 +149,7 @@ class DeepSpeedEngine:
     def step(self, lr:float)->float: # gradient norm before clipping
         set_lr(self.ds.optimizer, lr)
         self.ds.step()
-        return float(self.ds.get_global_grad_norm() or 0.0)
+        return float(self.ds.get_global_grad_norm())
 
     def total(self, x:float)->float:
         t = torch.tensor(float(x), dtype=torch.float64, device=self.device)
@@ -149,38 +157,41 @@ class DeepSpeedEngine:
         return float(t)
 
 # %% ../nbs/09_engine.ipynb #09engine025
-def forget_warmup(optimizer, # of a DeepSpeed engine, wrapped or plain
-    step:int=0, # optimizer steps really taken
+def empty_moments(ds, # a DeepSpeed engine at stage 3
+    step:int=0, # optimizer steps taken so far
     )->None:
-    "Set AdamW's step counts to the number of steps that trained something."
-    inner = getattr(optimizer, "optimizer", optimizer)
-    for state in inner.state.values():
-        if "step" in state: state["step"].fill_(float(step)) if torch.is_tensor(state["step"]) else state.update(step=step)
+    "Give every fp32 partition its moments, zero, and a step count."
+    state = ds.optimizer.optimizer.state
+    for flat in ds.optimizer.fp32_partitioned_groups_flat:
+        for kind in MOMENTS: state[flat].setdefault(kind, torch.zeros_like(flat))
+        state[flat]["step"] = torch.tensor(float(step))
 
 # %% ../nbs/09_engine.ipynb #09engine027
 def gather_sharded(self:DeepSpeedEngine)->dict: # name → whole tensor, fp32, on the CPU
     "Assemble the trained tensors from all ranks."
     from deepspeed.utils import safe_get_full_fp32_param
-    return {n: _cpu(safe_get_full_fp32_param(p), p) for n, p in self.params.items()}
+    return {n: _cpu(safe_get_full_fp32_param(p)) for n, p in self.params.items()}
 
 def sharded_state(self:DeepSpeedEngine)->dict: # "kind/name" → fp32 tensor on the CPU
     "Masters and moments, assembled from all ranks."
     from deepspeed.utils import safe_get_full_optimizer_state
     out = {f"param/{n}": t for n, t in self.gather().items()}
     for kind in MOMENTS:
-        out |= {f"{kind}/{n}": _cpu(safe_get_full_optimizer_state(p, kind), p) for n, p in self.params.items()}
+        out |= {f"{kind}/{n}": _cpu(safe_get_full_optimizer_state(p, kind)) for n, p in self.params.items()}
     return out
 
 def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
-    "Hand every rank its shard of masters and moments."
+    "Hand every rank its shard of masters, moments, and of the copy that the forward pass reads."
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    empty_moments(self.ds, step)
+    with torch.no_grad(), GatheredParameters(list(self.params.values()), modifier_rank=0):
+        for n, p in self.params.items(): p.copy_(tensors[f"param/{n}"])
     for n, p in self.params.items():
         safe_set_full_fp32_param(p, tensors[f"param/{n}"].to(self.device))
         for kind in MOMENTS: safe_set_full_optimizer_state(p, tensors[f"{kind}/{n}"].to(self.device), kind)
-    forget_warmup(self.ds.optimizer, step)
 
 DeepSpeedEngine.gather, DeepSpeedEngine.state, DeepSpeedEngine.load = gather_sharded, sharded_state, load_sharded_state
 
 # %% ../nbs/09_engine.ipynb #09engine028
-def _cpu(t, p): # a moment that no step has touched yet is zero
-    return torch.zeros(getattr(p, "ds_shape", p.shape)) if t is None else t.detach().float().cpu().clone()
+def _cpu(t): return t.detach().float().cpu().clone()

@@ -12,8 +12,7 @@ __all__ = ['INDEX', 'COMPUTED', 'SMALL', 'EMBEDDED', 'open_tensors', 'tensor_fil
 # %% ../nbs/04_loader.ipynb #04loader002
 import hashlib, io, json, math, os, re, shutil, sys, zipfile
 from collections import defaultdict
-from contextlib import contextmanager, redirect_stderr
-from functools import cache
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +37,6 @@ from .data import UserError
 # %% ../nbs/04_loader.ipynb #04loader014
 INDEX = "model.safetensors.index.json"
 
-@cache
 def open_tensors(
     file:Path, # a .safetensors file
 ):             # its `safe_open` handle: keys(), get_slice(name), get_tensor(name)
@@ -70,7 +68,7 @@ def runs(
 # %% ../nbs/04_loader.ipynb #04loader022
 def run_length(device) -> int: # weights
     "How many weights to hold in their wide form at once."
-    return 2**17 if torch.device(device).type == "cpu" else 2**24
+    return 2**15*max(2, torch.get_num_threads()) if torch.device(device).type == "cpu" else 2**24
 
 # %% ../nbs/04_loader.ipynb #04loader024
 def pack_rows(
@@ -205,7 +203,7 @@ def make_tensor(
     if packed:
         data, module.quant_state = pack_rows(rows, like, device)
         return Params4bit(data, **like.__dict__ | {"quant_state": module.quant_state, "bnb_quantized": True})
-    value = copy_rows(rows, like, device) if shape else file.get_tensor(key).to(device, like.dtype)
+    value = copy_rows(rows, like, device) if shape else file.get_tensor(key).to(device, like.dtype, copy=True)
     return nn.Parameter(value, value.is_floating_point()) if isinstance(like, nn.Parameter) else value
 
 # %% ../nbs/04_loader.ipynb #04loader050
@@ -327,11 +325,11 @@ def _stamp(file):
 
 @contextmanager
 def _quiet():
-    "No warnings and no progress bars from transformers and gguf."
+    "No warnings, progress bars and greetings from the libraries that convert."
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error(); hf_logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()): yield
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()): yield
     finally:
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
@@ -344,12 +342,13 @@ def gguf_to_safetensors(
     "Unpack a GGUF file."
     args = {"gguf_file": gguf.name, "trust_remote_code": False}
     with _quiet():
-        AutoTokenizer.from_pretrained(gguf.parent, **args).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **args)
         if hasattr(transformers, "GgufConfig"): args["quantization_config"] = transformers.GgufConfig(dequantize=True)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.bfloat16, **args)
         model.hf_quantizer, model.is_quantized = None, False
         if hasattr(model.config, "quantization_config"): del model.config.quantization_config
-        model.save_pretrained(folder)
+        if isinstance(end := model.config.eos_token_id, int): tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.save_pretrained(folder); model.save_pretrained(folder)
 
 # %% ../nbs/04_loader.ipynb #04loader088
 def weight_files(

@@ -36,7 +36,7 @@ from .engine import DeepSpeedEngine, LocalEngine, Place, find_place, make_optimi
 from .evaluate import evaluate_loss, score_answers
 from .generate import dequantized, generate
 from .loader import load_model, load_tokenizer, resolve_base
-from .lora import add_lora, save_adapter
+from .lora import add_lora, recompute_layers, save_adapter
 from .loss import LossModel
 from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requests, truncate_metrics, write_state
 from .tokens import encode_all, ensure_template
@@ -128,7 +128,7 @@ def build_model(cfg:RunConfig, # the run
         lora = LoraConfig(r=m.lora_r, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout, target_modules=m.target_modules, task_type="CAUSAL_LM")
         return load_hook(m.create_model, base, "model.create_model")(m.base_model, lora)
     model = load_model(folder, m.quant_type, m.double_quant, m.quant_storage, dtype, device)
-    if cfg.training.recompute == "layer": model.gradient_checkpointing_enable({"use_reentrant": False})
+    if cfg.training.recompute == "layer": recompute_layers(model)
     return add_lora(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.target_modules, seed=cfg.training.seed)
 
 def compute_dtype(dtype:str, # auto, float32 or bfloat16

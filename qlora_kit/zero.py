@@ -13,7 +13,7 @@ from pathlib import Path
 from .data import UserError
 
 # %% ../nbs/08_zero.ipynb #08zero004
-def zero_config(stage:int=3, # 0–3, see the table
+def zero_config(stage:int=3, # the stage whose shards the engine gathers
     micro_batch:int=1, # sequences of one rank in one forward pass
     accumulation:int=1, # micro-batches per optimizer step
     max_grad_norm:float=1.0, # gradients are scaled down to this norm
@@ -23,12 +23,11 @@ def zero_config(stage:int=3, # 0–3, see the table
     offload_optimizer:str="none", # none or cpu
     )->dict: # DeepSpeed config without "auto"
     "A complete DeepSpeed config (ZeRO, arXiv 1910.02054) from a few choices; `UserError` for a choice out of range."
-    _one_of("stage", stage, (0, 1, 2, 3)); _one_of("dtype", dtype, ("float32", "bfloat16"))
+    _one_of("stage", stage, (3,)); _one_of("dtype", dtype, ("float32", "bfloat16"))
     for name, value in (("offload_param", offload_param), ("offload_optimizer", offload_optimizer)): _one_of(name, value, ("none", "cpu"))
-    if stage < 3 and offload_param != "none": raise UserError(f"deepspeed.offload_param is {offload_param} at stage {stage}; only stage 3 can offload weights: set deepspeed.stage to 3")
-    zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": hidden_size**2}
-    if stage == 3: zero |= {"stage3_prefetch_bucket_size": int(0.9*hidden_size**2), "stage3_param_persistence_threshold": 10*hidden_size,
-                            "stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
+    zero = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True, "reduce_bucket_size": hidden_size**2,
+            "stage3_prefetch_bucket_size": int(0.9*hidden_size**2), "stage3_param_persistence_threshold": 10*hidden_size,
+            "stage3_max_live_parameters": 10**9, "stage3_max_reuse_distance": 10**9}
     if offload_param != "none": zero["offload_param"] = {"device": offload_param}
     if offload_optimizer != "none": zero["offload_optimizer"] = {"device": offload_optimizer}
     return {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation, "gradient_clipping": max_grad_norm,
@@ -59,6 +58,7 @@ def resolve(file:dict, # a DeepSpeed config that may say "auto"
                 raise UserError(f"{name}: {field} is {value!r}, but the run says {into.get(key)!r}; make them equal or write \"auto\"")
             else: into[key] = value
     merge(out, file, "")
+    _one_of("stage", out["zero_optimization"]["stage"], (3,))
     return out
 
 # %% ../nbs/08_zero.ipynb #08zero012

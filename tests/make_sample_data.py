@@ -1,20 +1,22 @@
-"""Writes the sample data of `qlora_kit/assets/data`: order notes to JSON, mixed with short general questions.
+"""Writes the sample data of `qlora_kit/assets/scaffold/data`: notes of payments to JSON, mixed with short general questions.
 
     python tests/make_sample_data.py            # rewrites both files
     python tests/make_sample_data.py --check    # says whether they are what this script makes
 
-A row of the behaviour turns a sentence into {"name","item","quantity","unit","date"}. Name and item are copied, quantity, unit and date
-are derived from words. Held-out rows use names, items, (quantity, unit) pairs and (month, day) pairs that training never shows.
+A row of the behaviour turns a sentence into a small record: {"name":"Maria","sum":"45 EUR","date":"5-3"}.
+The name and the number are copied; the currency code and the date (month-day) are derived from words.
+Held-out rows use names, (amount, currency) pairs and (month, day) pairs that training never shows, and two phrasings of each language
+that it never shows. Settings were chosen on a third, separate share ("dev": its own names, pairs and phrasings), which no file holds.
 """
 import argparse
 import json
 import random
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "qlora_kit" / "assets" / "data"
-SEED = 7
-TRAIN = {"en": 190, "zh": 220}
-HELDOUT = {"en": 48, "zh": 24}
+FOLDER = Path(__file__).resolve().parents[1] / "qlora_kit" / "assets" / "scaffold" / "data"
+SEED = 11
+ROWS = {"train": {"en": 220, "zh": 156}, "dev": {"en": 80, "zh": 40}, "heldout": {"en": 48, "zh": 24}}
+NEW_PAIRS = {"date": 60, "money": 100}     # (month, day) and (amount, currency) pairs kept for held-out rows, and as many for dev
 
 NAMES = {
     "en": """Maria Omar Lena Tomas Priya Hugo Alice Kenji Fatima Oscar Nina Pavel Grace Diego Ingrid Samuel Yara Felix Amara Victor Chloe Ravi
@@ -30,63 +32,32 @@ Hiroshi Keiko Akira Yuki Haruto Sakura Minho Jisoo Thanh Linh Somchai Mali Budi 
 Femi Wanjiru Otieno Amina Makena Sipho Nomsa Desta Selam Tahir Parisa Cyrus Shirin Omid Golnaz Emre Aylin Selim Defne Levent Aram Nare
 Davit Nino Giorgi Tamar Levan Oksana Taras Bohdan Darya Yuri Marek Zofia Jan Hana Vaclav Zuzana Laszlo Ildiko Bela Eszter Radu Ioana Mihai
 Doina Stoyan Iva Dragan Milica Zoran Jelena Luka Ana Marko Tanja Aino Eero Liisa Mikko Oona Juhani Saga Torsten Maja Sindre Ragnhild
-Aoife Declan Niamh Ciaran Rhys Carys Gareth Bronwen Fergus Isla Hamish Moira""".split(),
+Aoife Declan Niamh Ciaran Rhys Carys Gareth Bronwen Fergus Isla Hamish Moira David Linda Robert Susan James Karen Michael Laura Richard Alan
+Barbara Frank Diana Henry Ruth Edward Sandra Albert Cynthia Bernard Sylvia Douglas Joan Kenneth Marie Stephen Angela Timothy Denise Gerald
+Janet Ralph Brenda Neil Sharon Howard Elaine Russell Sheila Vincent Julie Warren Lynn Norman Ellen Hector Fiona Tony Eva Max Lily Oleg""".split(),
     "zh": [s + g for s in "王李张刘陈杨周吴孙马胡何林高罗田方金江白"
            for g in "明 文 平 云 华 军 强 伟 成 东 红 建国 春 天明 青 新 光 小雨 安 大海".split()],
 }
-
-# unit -> the items that are counted in it
-ITEMS = {
-    "en": {
-        "kg": """rice flour sugar salt lentils potatoes onions carrots apples grapes cement sand gravel butter walnuts almonds oats barley cherries
-plums pears tomatoes cabbage spinach garlic ginger beef lamb salmon shrimp cheese honey wax clay chalk peanuts dates figs mangoes peaches quinoa
-turnips beets pumpkin raisins cocoa millet plaster charcoal lemons""",
-        "L": """milk water vinegar paint petrol diesel bleach ink varnish lemonade cider wine beer cream yogurt broth syrup shampoo glue juice soup sauce
-kerosene turpentine lacquer ethanol acetone coolant antifreeze detergent buttermilk kefir espresso cola rum sake cordial gravy sunscreen lotion
-primer resin solvent eggnog smoothie sherry mead whey ghee tonic""",
-        "m": """rope cable wire ribbon silk cotton linen lace tape hose pipe chain fabric carpet velvet denim felt canvas string thread wool leather
-fencing tubing netting braid cord gauze fleece satin tweed muslin elastic webbing foil gutter conduit trim rail bunting twine burlap calico
-chiffon corduroy flannel nylon piping timber skirting""",
-        "box": """nails screws candles matches pencils crayons tiles masks tissues stamps envelopes biscuits chocolates cookies teabags bolts staples markers
-batteries bulbs forks spoons mugs plates napkins soap pins needles buttons beads magnets hinges washers rivets fuses syringes bandages stickers
-postcards badges marbles puzzles folders erasers rulers donuts eggs corks straws dice""",
-        "bag": """coal compost mulch pellets popcorn crisps pretzels mortar beans seeds fertilizer kibble hay straw coffee cashews pasta noodles bread bagels
-rolls ice leaves bark soil pebbles feathers confetti balloons sawdust licorice granola cereal jellybeans toffee mushrooms sprouts chestnuts
-pistachios limes oranges couscous bulgur chickpeas tortillas dumplings croutons marshmallows lavender litter""",
-        "pair": """gloves socks boots sandals slippers shoes skates skis earrings mittens jeans trousers shorts leggings pajamas glasses goggles scissors pliers
-tweezers curtains crutches stilts oars headphones speakers clogs loafers sneakers tights stockings garters braces cufflinks dumbbells stirrups
-binoculars shears tongs chopsticks castanets bookends pillows shutters flippers waders moccasins snowshoes earplugs cymbals""",
-    },
-    "zh": {
-        "kg": "大米 面粉 白糖 土豆 苹果 牛肉 花生 黄豆 白菜 水泥 红枣 玉米 西瓜 香蕉 茶叶 小麦 羊肉 番茄 大蒜 生姜 洋葱 核桃 绿豆 南瓜 橙子 梨子 葡萄 木炭",
-        "L": "牛奶 豆浆 白醋 汽油 油漆 啤酒 果汁 酱油 花生油 墨水 米酒 白酒 清水 柴油 可乐 酸奶 糖水 香油 胶水 茶水 汽水 红酒 机油 药水 洗发水 菜油",
-        "m": "红布 电线 绳子 丝带 水管 花布 铁丝 棉布 白布 铁链 网线 胶带 地毯 麻绳 皮带 丝绸 木板 布料 毛线 花边 纱布 铜线 钢管 尼龙绳",
-        "box": "饼干 月饼 铅笔 蜡笔 口罩 火柴 鸡蛋 巧克力 纸巾 钉子 电池 粉笔 邮票 蛋糕 茶包 灯泡 香皂 名片 画笔 信封 点心 牙签 棋子 积木 感冒药 图钉",
-        "bag": "花生米 瓜子 糖果 面包 沙子 化肥 豆子 种子 薯片 冰块 馒头 饺子 木屑 猫粮 狗粮 咖啡 红薯 红豆 面条 石子 泥土 奶粉 洗衣粉 汤圆 橘子 麦片",
-        "pair": "手套 袜子 皮鞋 筷子 拖鞋 布鞋 雨鞋 球鞋 凉鞋 棉鞋 冰刀 靴子 草鞋 毛袜 鞋垫 舞鞋 童鞋 跑鞋 丝袜 护膝 高跟鞋 木屐 棉袜 马靴",
-    },
-}
-UNIT_WORDS = {"en": {"kg": "kilos", "L": "litres", "m": "metres", "box": "boxes", "bag": "bags", "pair": "pairs"},
-              "zh": {"kg": "公斤", "L": "升", "m": "米", "box": "盒", "bag": "袋", "pair": "双"}}
-NUMBERS = {"en": "two three four five six seven eight nine ten eleven twelve".split(),
-           "zh": "两 三 四 五 六 七 八 九 十 十一 十二".split()}
+CURRENCY = {"en": dict(EUR="euros", USD="dollars", GBP="pounds", JPY="yen", CNY="yuan", CHF="francs", INR="rupees", KRW="won"),
+            "zh": dict(EUR="欧元", USD="美元", GBP="英镑", JPY="日元", CNY="元", CHF="法郎", INR="卢比", KRW="韩元")}
 MONTHS = "January February March April May June July August September October November December".split()
 
-PHRASINGS = {   # {N} name, {Q} quantity, {U} unit, {I} item, {D} date
-    "en": {"ordered": "{N} ordered {Q} {U} of {I} for {D}.", "needs": "{N} needs {Q} {U} of {I} on {D}.",
-           "on-wants": "On {D}, {N} wants {Q} {U} of {I}.", "send-by": "Please send {N} {Q} {U} of {I} by {D}.",
-           "list": "{Q} {U} of {I} for {N}, {D}.", "by-to": "By {D}: {Q} {U} of {I} to {N}.",
-           "gets": "{D}: {N} gets {Q} {U} of {I}.", "can-have": "Can {N} have {Q} {U} of {I} on {D}?",
-           "go-to": "{Q} {U} of {I} go to {N} on {D}.", "owe": "We owe {N} {Q} {U} of {I}, due {D}.",
-           "deliver": "Deliver {Q} {U} of {I} to {N} on {D}.", "pick-up": "{N} will pick up {Q} {U} of {I} on {D}."},
-    "zh": {"订了": "{N}订了{Q}{U}{I}，{D}送。", "给": "{D}给{N}{Q}{U}{I}。", "要": "{N}要{Q}{U}{I}，{D}前到。", "想要": "{D}，{N}想要{Q}{U}{I}。",
-           "送到家": "{D}把{Q}{U}{I}送到{N}家。", "单子": "{Q}{U}{I}，{N}，{D}。", "来取": "{N}{D}来取{Q}{U}{I}。", "留": "给{N}留{Q}{U}{I}，{D}用。",
-           "下单": "{N}下单{Q}{U}{I}，{D}寄出。", "寄": "{D}要给{N}寄{Q}{U}{I}。", "带": "{D}记得带{Q}{U}{I}给{N}。", "欠": "欠{N}{Q}{U}{I}，{D}前还。",
-           "买了": "{N}买了{Q}{U}{I}，{D}发货。", "前送": "{D}前给{N}送{Q}{U}{I}。"},
+PHRASINGS = {   # {N} name, {A} amount, {C} currency, {D} date
+    "en": {"paid": "{N} paid {A} {C} on {D}.", "sent": "{N} sent {A} {C} on {D}.", "owes": "{N} owes {A} {C} by {D}.", "gave": "{N} gave us {A} {C} on {D}.",
+           "list": "{N}: {A} {C}, {D}.", "on": "On {D}, {N} paid {A} {C}.", "date-list": "{D}: {A} {C} from {N}.", "amount-list": "{A} {C} from {N}, {D}.",
+           "got": "Got {A} {C} from {N} on {D}.", "pay": "Pay {N} {A} {C} by {D}.", "did": "Did {N} pay {A} {C} on {D}?", "due": "{N} must pay {A} {C}, due {D}."},
+    "zh": {"付了": "{N}{D}付了{A}{C}。", "付": "{D}{N}付{A}{C}。", "转来": "{N}{D}转来{A}{C}。", "收到": "收到{N}{A}{C}，{D}。", "欠": "{N}欠{A}{C}，{D}还。",
+           "给": "{D}给{N}{A}{C}。", "单子": "{N}：{A}{C}，{D}。", "收": "{D}收{N}{A}{C}。", "要付": "{N}要付{A}{C}，{D}前。", "支付": "支付{N}{A}{C}，{D}。",
+           "交了": "{D}，{N}交了{A}{C}。", "账": "{D}：{N}，{A}{C}。"},
 }
-HELDOUT_ONLY = {"en": ["deliver", "pick-up"], "zh": ["买了", "前送"]}
-HELDOUT_SHARED = {"en": ["ordered", "on-wants", "list", "can-have"], "zh": ["订了", "给", "想要", "来取"]}
-INSTRUCTION = {"en": "To JSON:", "zh": "转为JSON："}
+ONLY = {        # phrasings that training never shows
+    "dev": {"en": {"spent": "{N} spent {A} {C} on {D}.", "refund": "We refunded {N} {A} {C} on {D}."},
+            "zh": {"花了": "{N}{D}花了{A}{C}。", "退": "{D}退给{N}{A}{C}。"}},
+    "heldout": {"en": {"donated": "{N} donated {A} {C} on {D}.", "collect": "Collect {A} {C} from {N} on {D}."},
+                "zh": {"捐了": "{N}{D}捐了{A}{C}。", "向": "{D}向{N}收{A}{C}。"}},
+}
+SHARED = {"en": ["paid", "on", "list", "did"], "zh": ["付了", "收到", "给", "单子"]}   # phrasings of training that held-out rows use too
+INSTRUCTION = "JSON"
 
 QUESTIONS = {
     "en": [
@@ -110,10 +81,6 @@ QUESTIONS = {
         ("What is the square root of 81?", "9."),
         ("Which planet is called the Red Planet?", "Mars."),
         ("What is the past tense of go?", "Went."),
-        ("What does CPU stand for?", "Central processing unit."),
-        ("How many continents are there?", "Seven."),
-        ("What is photosynthesis?", "Plants using light to turn water and carbon dioxide into sugar and oxygen."),
-        ("Which language is spoken in Brazil?", "Portuguese."),
     ],
     "zh": [
         ("请解释什么是机器学习", "机器学习是让计算机从数据中找出规律，并用这些规律做预测的方法。"),
@@ -128,14 +95,6 @@ QUESTIONS = {
         ("法国的首都是哪里？", "巴黎。"),
         ("大的反义词是什么？", "小。"),
         ("中国最长的河是哪条？", "长江。"),
-        ("一个小时有多少分钟？", "六十分钟。"),
-        ("《西游记》的作者是谁？", "吴承恩。"),
-        ("日本的首都是哪里？", "东京。"),
-        ("什么是算法？", "算法是解决问题的一组明确步骤。"),
-        ("人用什么呼吸？", "肺。"),
-        ("彩虹有几种颜色？", "七种。"),
-        ("水在几度结冰？", "零摄氏度。"),
-        ("什么是数据？", "数据是记录下来的事实和数字。"),
     ],
 }
 
@@ -147,15 +106,8 @@ def ordinal(day):
 def date_text(rng, lang, month, day):
     if lang == "zh":
         return f"{month}月{day}{rng.choice('日号')}"
-    return rng.choice([f"{MONTHS[month - 1]} {day}", f"{day} {MONTHS[month - 1]}", f"{MONTHS[month - 1]} {ordinal(day)}"])
-
-
-def order(rng, lang, phrasing, name, unit, item, qty, month, day):
-    words = dict(N=name, Q=NUMBERS[lang][qty - 2], U=UNIT_WORDS[lang][unit], I=item, D=date_text(rng, lang, month, day))
-    text = PHRASINGS[lang][phrasing].format(**words)
-    record = dict(name=name, item=item, quantity=qty, unit=unit, date=f"{month:02d}-{day:02d}")
-    return dict(instruction=INSTRUCTION[lang], input=text[0].upper() + text[1:],
-                output=json.dumps(record, ensure_ascii=False, separators=(",", ":")), lang=lang, task="order", phrasing=phrasing)
+    name = MONTHS[month - 1]
+    return rng.choice([f"{name} {day}", f"{day} {name}", f"{name} {ordinal(day)}", f"{ordinal(day)} of {name}"])
 
 
 def cycle(rng, values, n):
@@ -166,36 +118,45 @@ def cycle(rng, values, n):
     return out[:n]
 
 
-def take(rng, values, heldout, size):
-    """The held-out share (the first `size` of a shuffle) or what it leaves to training"""
+def deal(rng, values, heldout, dev):
+    """One shuffle of `values`, cut in three: no value is in two parts"""
     values = rng.sample(values, len(values))
-    return values[:size] if heldout else values[size:]
+    return {"heldout": values[:heldout], "dev": values[heldout:heldout + dev], "train": values[heldout + dev:]}
 
 
-def orders(lang, n, heldout):
-    """`n` rows in `lang`; held-out rows and training rows draw from disjoint values, made from one shuffle"""
-    shuffle, rng = random.Random(SEED), random.Random(f"{SEED} {lang} {heldout}")
-    size, units = HELDOUT[lang], list(UNIT_WORDS["en"])
-    quantities = {u: take(shuffle, range(2, 13), heldout, 2) for u in units}
-    if lang == "zh" and not heldout:                    # 十, 十一 and 十二 are the hardest to tell apart: twice as many of them
-        quantities = {u: q + [n for n in q if n > 9] for u, q in quantities.items()}
-    days = take(shuffle, [(m, d) for m in range(1, 13) for d in range(1, 29)], heldout, sum(HELDOUT.values()))
-    names = take(shuffle, NAMES[lang], heldout, size)
-    items = {u: take(shuffle, ITEMS[lang][u].split(), heldout, size // len(units)) for u in units}
-    phrasings = HELDOUT_SHARED[lang] + HELDOUT_ONLY[lang] if heldout else [p for p in PHRASINGS[lang] if p not in HELDOUT_ONLY[lang]]
-    some_units = cycle(rng, units, n)
-    items, quantities = ({u: cycle(rng, pool[u], n) for u in units} for pool in (items, quantities))
-    return [order(rng, lang, phrasing, name, unit, items[unit].pop(0), quantities[unit].pop(0), month, day)
-            for phrasing, name, unit, (month, day)
-            in zip(cycle(rng, phrasings, n), cycle(rng, names, n), some_units, cycle(rng, days, n))]
+def payment(rng, lang, phrasing, pattern, name, amount, currency, month, day):
+    text = pattern.format(N=name, A=amount, C=CURRENCY[lang][currency], D=date_text(rng, lang, month, day))
+    record = dict(name=name, sum=f"{amount} {currency}", date=f"{month}-{day}")
+    return dict(instruction=INSTRUCTION, input=text, output=json.dumps(record, ensure_ascii=False, separators=(",", ":")),
+                lang=lang, task="payment", phrasing=phrasing)
 
 
-def make():
-    heldout = [row for lang, n in HELDOUT.items() for row in orders(lang, n, heldout=True)]
-    train = [row for lang, n in TRAIN.items() for row in orders(lang, n, heldout=False)]
+def payments(lang, part):
+    names = deal(random.Random(f"{SEED} {lang}"), NAMES[lang], ROWS["heldout"][lang], 60)[part]
+    shuffle, rng, n = random.Random(SEED), random.Random(f"{SEED} {lang} {part}"), ROWS[part][lang]   # pairs: the same cut for both languages
+    dates = deal(shuffle, [(m, d) for m in range(1, 13) for d in range(1, 29)], NEW_PAIRS["date"], NEW_PAIRS["date"])[part]
+    money = deal(shuffle, [(a, c) for a in range(10, 100) for c in CURRENCY["en"]], NEW_PAIRS["money"], NEW_PAIRS["money"])[part]
+    patterns, currencies = PHRASINGS[lang], list(CURRENCY[lang])
+    phrasings = list(patterns)
+    if part != "train":
+        patterns = {**{p: patterns[p] for p in SHARED[lang]}, **ONLY[part][lang]}
+        phrasings = list(patterns)
+    elif lang == "en":                                  # a name inside the sentence is harder to copy than one at its start: twice as many
+        phrasings += [p for p in phrasings if not patterns[p].startswith("{N}")]
+    else:                                               # 日元 is the currency that a model takes for 元: twice as many
+        currencies += ["JPY"]
+    amounts = {c: cycle(rng, [a for a, k in money if k == c], n) for c in CURRENCY[lang]}
+    return [payment(rng, lang, phrasing, patterns[phrasing], name, amounts[currency].pop(), currency, month, day)
+            for phrasing, name, (month, day), currency
+            in zip(cycle(rng, phrasings, n), cycle(rng, names, n), cycle(rng, dates, n), cycle(rng, currencies, n))]
+
+
+def make(part="heldout"):
+    """Training rows, and the rows of `part`"""
+    train = [row for lang in CURRENCY for row in payments(lang, "train")]
     train += [dict(instruction=q, input="", output=a, lang=lang, task="question", phrasing="")
               for lang, pairs in QUESTIONS.items() for q, a in pairs]
-    return random.Random(SEED).sample(train, len(train)), heldout
+    return random.Random(SEED).sample(train, len(train)), [row for lang in CURRENCY for row in payments(lang, part)]
 
 
 def text(rows):
