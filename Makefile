@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ranks lab export clean
+.PHONY: help install demo test test-ranks test-demo test-fresh seeds ops lab export clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,11 +27,24 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@if [ -e runs/demo ]; then mv runs/demo runs/demo-$$(date +%Y%m%d-%H%M%S); fi
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
-test: install ## every notebook, every unit test, and the check that notebooks and package agree
-	$(BIN)/python -m pytest -q -m 'not ranks and not cuda' tests
+test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
+	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh' tests
 
-test-ranks: install ## launches of several ranks on the CPU under the deepspeed launcher
+test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
+
+test-demo: demo ## the demo, then its score computed by plain peft and transformers
+	$(BIN)/python tests/plain_score.py runs/demo --at-least 0.9
+
+test-fresh: install ## a project's requirements.txt, installed in an environment of its own
+	$(BIN)/python -m pytest -q -m fresh tests
+
+seeds: install ## three seeds of the demo for the study of payments (about ten minutes)
+	@for s in 0 1 2; do rm -rf runs/seed-$$s; $(BIN)/qlora-kit train $(CONFIG) training.seed=$$s training.output_dir=runs/seed-$$s || exit 1; done
+	@$(BIN)/python nbs/studies/collect_seeds.py runs/seed-0 runs/seed-1 runs/seed-2
+
+ops: install ## DeepSpeed's operator for CPU ranks, compiled once (about a minute)
+	@$(BIN)/python .ci/prebuild.py
 
 lab: install ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs

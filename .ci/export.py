@@ -22,7 +22,7 @@ def export_templates(root):
                 continue
             body = re.sub(r"^#\|.*\n", "", source(cell), flags=re.M).strip("\n")
             head = f"# Generated from nbs/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
-            target = root / "qlora_kit/assets/scaffold" / found[1]
+            target = root / "qlora_kit/assets/scaffold" / f"{found[1]}.tpl"
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(head + body + "\n", encoding="utf-8")
 
@@ -56,6 +56,7 @@ def export_readme(root):
 if __name__ == "__main__":
     root = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent.parent).resolve()
     os.chdir(root)
+    sys.argv[1:] = []  # nbdev would read them
     from nbdev.doclinks import nbdev_export
 
     nbdev_export()

@@ -15,7 +15,9 @@ from .tokens import Example
 
 # %% ../nbs/02_batches.ipynb #02batches008
 @lru_cache(maxsize=4)
-def _order(n, seed, epoch): return np.random.default_rng([seed, epoch]).permutation(n)
+def _order(n, seed, epoch):
+    "Row numbers [n] in the order of one epoch."
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 # %% ../nbs/02_batches.ipynb #02batches009
 def shuffled(
@@ -40,6 +42,7 @@ def global_batch(
 
 # %% ../nbs/02_batches.ipynb #02batches025
 def _chunks(rows, lengths, m):
+    "`rows`, longest first, in `m` runs of equal size or one less; fewer runs if there are fewer rows."
     rows, sizes = sorted(rows, key=lambda row: (-lengths[row], row)), [(len(rows)+i) // m for i in range(m) if len(rows)+i >= m]
     return [rows[end-size:end] for size,end in zip(sizes, accumulate(sizes))]
 

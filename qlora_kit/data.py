@@ -25,10 +25,12 @@ class Conversation:
 
 # %% ../nbs/00_data.ipynb #00data017
 def _position(text, i):
+    "Where character `i` stands, in an editor's words."
     before = text[:i]
     return f"line {before.count(chr(10)) + 1}, column {i - before.rfind(chr(10))}"
 
 def _text(path):
+    "The text of a data file; `UserError` for a path, suffix or byte that will not do."
     try:
         with path.open("rb") as file: raw = file.read() if path.suffix.lower() in (".json", ".jsonl") else None
     except OSError as e: raise UserError(f"{path}: {e.strerror}; data is one .json or .jsonl file: check the path") from None
@@ -40,6 +42,7 @@ def _text(path):
 
 # %% ../nbs/00_data.ipynb #00data019
 def _rows(path):
+    "Each row of a file with its place: [('line 3', value), …]."
     text, lines, start = _text(path), path.suffix.lower() == ".jsonl", 0
     try:
         if not lines: rows = json.loads(text) if text.strip() else []
@@ -58,11 +61,13 @@ def _rows(path):
 
 # %% ../nbs/00_data.ipynb #00data021
 def _refuse(name, bad, n, rule):
+    "`UserError` that counts the `bad` of `n` rows and shows the first three; nothing if there are none."
     if not bad: return
     more = f"; {len(bad)-3} more" if len(bad) > 3 else ""
     raise UserError(f"{name}: {len(bad)} of {n} rows cannot be used: {'; '.join(bad[:3])}{more}. {rule}")
 
 def _not_a_row(row):
+    "Why a JSON value cannot be a row; None if it can."
     if not isinstance(row, dict): return f"a {type(row).__name__}, not an object"
     try: json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
     except ValueError: return "holds NaN, infinity or half of a surrogate pair (such as \\ud83d alone)"
@@ -85,10 +90,12 @@ def load_rows(
 _rule = "Each row needs 'instruction' and 'output', text that is not empty, and may have 'input', text: mend or delete these rows"
 
 def _short(value):
+    "A value as JSON, at most 40 characters of it."
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else text[:39] + "…"
 
 def _problem(row):
+    "What is wrong with the fields of an Alpaca row; None if nothing is."
     for k in ("instruction", "output"):
         v = row.get(k)
         if v is None: return f"no '{k}' among its fields {[f for f,x in row.items() if x is not None and f != '_where']}"
@@ -122,6 +129,7 @@ def load_conversations(
 
 # %% ../nbs/00_data.ipynb #00data055
 def _by_digest(conversations, seed):
+    "Positions of equal conversations together, the groups in the order of their digests."
     copies = {}
     for i,c in enumerate(conversations): copies.setdefault(json.dumps(c.messages), []).append(i)
     return [copies[k] for k in sorted(copies, key=lambda k: hashlib.sha256(f"{seed} {k}".encode()).digest())]

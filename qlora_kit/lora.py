@@ -112,7 +112,7 @@ def _kind(name):
 # %% ../nbs/05_lora.ipynb #05lora050
 def trainable_table(
     model:nn.Module, # any model; tied weights count once
-) -> pd.DataFrame: # one line per kind of layer and a total: numbers frozen and trained, share trained in percent, MB (10**6 bytes)
+) -> pd.DataFrame: # one line per kind of layer and a total: numbers frozen and trained, share trained in percent, MB (2**20 bytes)
     "What is frozen, what is trained, and the bytes of each."
     rows = {}
     for name, p in model.named_parameters():
@@ -122,7 +122,7 @@ def trainable_table(
             shape = p.quant_state.shape if isinstance(p, Params4bit) else p.shape
             row["layers"], row["shape"] = row["layers"] + 1, " × ".join(map(str, shape))
         column = "trained" if p.requires_grad else "frozen"
-        row[column], row[f"{column}_MB"] = row[column] + n, row[f"{column}_MB"] + size/1e6
+        row[column], row[f"{column}_MB"] = row[column] + n, row[f"{column}_MB"] + size/2**20
     table = pd.DataFrame(rows).T.rename_axis("kind")
     table.loc["total"] = table.drop(columns="shape").sum()
     table["share"] = 100*table.trained/(table.trained + table.frozen)

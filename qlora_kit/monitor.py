@@ -9,7 +9,7 @@ __all__ = ['GB', 'NONFINITE', 'FIELDS', 'REQUESTS', 'resident_bytes', 'PeakMemor
            'Picture', 'draw_series', 'draw_loss', 'draw_resources', 'plot_curves', 'write_state', 'read_requests',
            'clear_requests']
 
-# %% ../nbs/10_monitor.ipynb #10monitor003
+# %% ../nbs/10_monitor.ipynb #10monitor002
 import json
 import math
 import os
@@ -376,7 +376,7 @@ def plot_curves(
     write_atomic(Path(folder)/"curves.png", picture._repr_png_())
     return picture
 
-# %% ../nbs/10_monitor.ipynb #10monitor095
+# %% ../nbs/10_monitor.ipynb #10monitor094
 def write_state(
     folder, # run folder
     state:str, # one word, e.g. running, done, failed, stopped
@@ -387,7 +387,7 @@ def write_state(
     content = dict(pid=os.getpid(), host=socket.gethostname(), state=state, heartbeat=now, error=error)
     return write_atomic(Path(folder)/"state.json", json.dumps(content, ensure_ascii=False) + "\n", sync=False)
 
-# %% ../nbs/10_monitor.ipynb #10monitor099
+# %% ../nbs/10_monitor.ipynb #10monitor098
 REQUESTS = frozenset({"save", "stop"})
 
 def read_requests(

@@ -125,7 +125,7 @@ def encode(
     targets[:1] = [False]
     return Example(tokens["input_ids"][:max_length], targets[:max_length], where)
 
-# %% ../nbs/01_tokens.ipynb #01tokens054
+# %% ../nbs/01_tokens.ipynb #01tokens056
 def _pieces(tokenizer, example)->list[tuple[str,bool,bool]]:
     "Text, learned?, special? of each token; tokens that share a character come as one."
     special, decode = _special(tokenizer), lambda a, b: tokenizer.decode(example.ids[a:b], clean_up_tokenization_spaces=False)
@@ -138,13 +138,13 @@ def _pieces(tokenizer, example)->list[tuple[str,bool,bool]]:
         previous, start = start, i+1
     return pieces
 
-# %% ../nbs/01_tokens.ipynb #01tokens055
+# %% ../nbs/01_tokens.ipynb #01tokens057
 class Html(str):
     "A string that notebooks show as HTML."
     def _repr_html_(self)->str: return str(self)
     def __repr__(self)->str: return f"Html of {len(self)} characters"
 
-# %% ../nbs/01_tokens.ipynb #01tokens057
+# %% ../nbs/01_tokens.ipynb #01tokens059
 _STYLE = {True: "background:rgba(46,160,67,.35);border-bottom:2px solid rgb(46,160,67);", False: "background:rgba(128,128,128,.12);"}
 _FRAME = "border-radius:4px;outline:1px solid rgba(128,128,128,.7);font-size:85%;"
 
@@ -160,7 +160,7 @@ def show_targets(
     return Html(f'<div style="font-family:monospace;line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere;">{spans}</div>'
                 f'<div style="font-size:85%;margin-top:6px;">{legend}</div>')
 
-# %% ../nbs/01_tokens.ipynb #01tokens062
+# %% ../nbs/01_tokens.ipynb #01tokens064
 def target_text(
     tokenizer:PreTrainedTokenizerBase, # the one that made `example`
     example:Example, # one conversation
@@ -169,7 +169,7 @@ def target_text(
     style = {True: "bold green underline", False: "dim"}
     return "".join(f"[{style[learned]}]{escape_markup(text)}[/]" for text, learned, _ in _pieces(tokenizer, example))
 
-# %% ../nbs/01_tokens.ipynb #01tokens065
+# %% ../nbs/01_tokens.ipynb #01tokens067
 def prompt_ids(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
     messages:list[dict], # a conversation whose next turn is the assistant's
@@ -178,7 +178,7 @@ def prompt_ids(
     text, _ = mark_answers(tokenizer, messages, generation=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-# %% ../nbs/01_tokens.ipynb #01tokens068
+# %% ../nbs/01_tokens.ipynb #01tokens070
 def encode_all(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
     conversations:list[Conversation], # rows

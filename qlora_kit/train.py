@@ -10,17 +10,8 @@ __all__ = ['REASONS', 'lr_at', 'seed_step', 'Plan', 'make_plan', 'Job', 'load_ex
 
 # %% ../nbs/15_train.ipynb #15train002
 import importlib.metadata as metadata
-import json
-import logging
-import math
-import os
-import platform
-import re
-import signal
-import subprocess
-import sys
-import threading
-import time
+import json, logging, math, os, platform, re, signal, subprocess, sys, threading, time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +19,7 @@ import torch
 import yaml
 from peft import LoraConfig, PeftModel
 
+# %% ../nbs/15_train.ipynb #15train004
 from .batches import count_targets, global_batch, micro_batches, pad
 from .checkpoint import State, check_resume, load_checkpoint, newest_checkpoint, save_checkpoint
 from .config import RunConfig, config_yaml, load_hook, looks_like_path
@@ -42,7 +34,7 @@ from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requ
 from .tokens import encode_all, ensure_template
 from .zero import check_storage, read_deepspeed, resolve, zero_config
 
-# %% ../nbs/15_train.ipynb #15train004
+# %% ../nbs/15_train.ipynb #15train006
 def lr_at(step:int, # optimizer steps taken before this one
     total:int, # S, optimizer steps of the run
     peak:float, # learning rate at the top
@@ -55,12 +47,12 @@ def lr_at(step:int, # optimizer steps taken before this one
     t = (step-warm)/max(1, total-warm)
     return peak*{"cosine": (1+math.cos(math.pi*t))/2, "linear": 1-t, "constant": 1.0}[scheduler]
 
-# %% ../nbs/15_train.ipynb #15train008
+# %% ../nbs/15_train.ipynb #15train010
 def seed_step(seed:int, step:int, rank:int=0)->None: # the run's seed, steps taken, this rank
     "Make every draw of this step a function of (seed, step, rank)."
     torch.manual_seed((seed*1_000_003+step)*4099+rank)
 
-# %% ../nbs/15_train.ipynb #15train010
+# %% ../nbs/15_train.ipynb #15train012
 @dataclass
 class Plan:
     "The run in optimizer steps."
@@ -80,7 +72,7 @@ def make_plan(t, # the config's training section
     total = min(per_epoch*t.num_epochs, t.max_steps or per_epoch*t.num_epochs)
     return Plan(size, per_epoch, total, t.eval_steps or per_epoch, t.save_steps or per_epoch)
 
-# %% ../nbs/15_train.ipynb #15train014
+# %% ../nbs/15_train.ipynb #15train016
 @dataclass
 class Job:
     "All parts of one run, ready to start."
@@ -98,7 +90,7 @@ class Job:
     @property
     def device(self)->str: return self.place.device
 
-# %% ../nbs/15_train.ipynb #15train016
+# %% ../nbs/15_train.ipynb #15train018
 def load_examples(cfg:RunConfig, # the run
     tokenizer, # with a chat template
     base:Path=Path("."), # folder of the config file, for a function that the config names
@@ -116,7 +108,7 @@ def load_examples(cfg:RunConfig, # the run
         examples.append(kept)
     return *examples, notes
 
-# %% ../nbs/15_train.ipynb #15train018
+# %% ../nbs/15_train.ipynb #15train020
 def build_model(cfg:RunConfig, # the run
     folder:Path, # from `resolve_base`
     device:str="cpu", # where it will live
@@ -145,7 +137,7 @@ def adapter_base(base_model:str, # as the config names it
     local = looks_like_path(base_model) or Path(base_model).exists() or "/" not in base_model
     return str(folder) if local else base_model
 
-# %% ../nbs/15_train.ipynb #15train020
+# %% ../nbs/15_train.ipynb #15train022
 def make_engine(job:Job, # the run
     deepspeed:str|None=None, # path of a DeepSpeed file
     ): # LocalEngine or DeepSpeedEngine
@@ -162,7 +154,7 @@ def make_engine(job:Job, # the run
     if job.place.rank == 0: (job.run/"deepspeed.json").write_text(json.dumps(config, indent=2))
     return DeepSpeedEngine(module, optimizer, config, job.place)
 
-# %% ../nbs/15_train.ipynb #15train022
+# %% ../nbs/15_train.ipynb #15train024
 @dataclass
 class Progress:
     "Where a run stands between two steps; all of it is JSON."
@@ -175,7 +167,7 @@ class Progress:
 class RunFailed(RuntimeError):
     "The run cannot go on; its last checkpoint is valid. The message is for the person, in one line."
 
-# %% ../nbs/15_train.ipynb #15train023
+# %% ../nbs/15_train.ipynb #15train026
 def fit(job:Job, # what to train on
     engine, # `forward`, `backward`, `step`, `total`
     monitor, # `log`
@@ -197,22 +189,21 @@ def fit(job:Job, # what to train on
             loss_sum += loss.item()
         loss, lr = engine.total(loss_sum)/n, lr_at(step, plan.total, t.learning_rate, t.lr_scheduler, t.warmup_ratio)
         if not math.isfinite(loss): raise RunFailed(f"the loss is {loss} at step {step+1}; lower training.learning_rate (now {t.learning_rate}) and resume")
-        norm = engine.step(lr)
+        norm, spent = engine.step(lr), time.monotonic()-clock
         progress.step, progress.tokens = step+1, progress.tokens+sum(lengths[i] for i in rows)
         seen, rows_seen = seen+sum(lengths[i] for i in rows), rows_seen+len(rows)
         last, record = step+1 == plan.total, {}
         if job.val and (last or (step+1) % plan.eval_every == 0): record = evaluate_step(job, engine, progress)
         end = end_reason(job, engine, progress, signals) or ("done" if last else None)
         if record or end or (step+1) % t.logging_steps == 0:
-            spent, clock = time.monotonic()-clock, time.monotonic()
             monitor.log({"step": step+1, "epoch": round((step+1)/plan.per_epoch, 4), "loss": loss, "lr": lr, "grad_norm": norm, "tokens": progress.tokens,
                          "tokens_per_s": seen/spent, "samples_per_s": rows_seen/spent, **record})
-            seen = rows_seen = 0
         if end or (step+1) % plan.save_every == 0 or "save" in requests(job, engine): save(job, engine, progress)
         if end: return end
+        if (step+1) % t.logging_steps == 0: clock, seen, rows_seen = time.monotonic(), 0, 0
     return "done"
 
-# %% ../nbs/15_train.ipynb #15train025
+# %% ../nbs/15_train.ipynb #15train028
 def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     "Loss on the validation examples; remembers the best."
     t, rows = job.cfg.training, list(range(len(job.val)))
@@ -227,7 +218,7 @@ def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     else: progress.waiting += 1
     return {"val_loss": loss}
 
-# %% ../nbs/15_train.ipynb #15train027
+# %% ../nbs/15_train.ipynb #15train030
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")
 
 def end_reason(job:Job, engine, progress:Progress, signals)->str|None: # one of REASONS; None: go on
@@ -244,6 +235,7 @@ def requests(job:Job, engine)->set: # names of files that lie in control/, the s
     if asked and engine.rank == 0: clear_requests(job.run, ["save"])
     return {"save"} if asked else set()
 
+# %% ../nbs/15_train.ipynb #15train032
 class Signals(list):
     "Within `with`, SIGINT and SIGTERM are noted instead of obeyed; a second one is obeyed at once."
     def __enter__(self):
@@ -257,7 +249,7 @@ class Signals(list):
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_train.ipynb #15train029
+# %% ../nbs/15_train.ipynb #15train034
 def save(job:Job, engine, progress:Progress)->None:
     "Write a checkpoint."
     tensors = engine.state()
@@ -271,7 +263,7 @@ def restore(job:Job, engine, checkpoint:Path)->Progress: # where the run stands
     engine.load(state.tensors, state.step)
     return Progress(**state.info["progress"])
 
-# %% ../nbs/15_train.ipynb #15train033
+# %% ../nbs/15_train.ipynb #15train039
 def make_job(cfg:RunConfig, # the run
     run:Path, # run folder
     place:Place=None, # this process among the ranks; None: alone
@@ -284,7 +276,7 @@ def make_job(cfg:RunConfig, # the run
     model = build_model(cfg, folder, place.device, base)
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, val, make_plan(cfg.training, len(train), place.ranks), notes)
 
-# %% ../nbs/15_train.ipynb #15train037
+# %% ../nbs/15_train.ipynb #15train045
 def new_run(cfg:RunConfig, # the run
     name:str, # stem of the config file
     )->Path: # a folder that did not exist before
@@ -303,7 +295,7 @@ def newest_run(cfg:RunConfig, name:str)->Path: # the run that `--resume` without
     if not found: raise UserError(f"--resume: no run with a checkpoint at {first}; start one without --resume, or name the run folder")
     return max(found, key=lambda p: p.stat().st_mtime).resolve()
 
-# %% ../nbs/15_train.ipynb #15train038
+# %% ../nbs/15_train.ipynb #15train047
 def environment(cfg:RunConfig, place:Place)->dict: # for environment.json
     "What one needs to know to repeat this run elsewhere."
     kit = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "qlora_kit")
@@ -317,7 +309,7 @@ def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/15_train.ipynb #15train040
+# %% ../nbs/15_train.ipynb #15train049
 def answer(job:Job, engine, which:str)->float|None: # which: before or after; the share of right answers, None if not asked for
     "Put the questions of `data.score_file`, write the answers to answers.json, return the score."
     d = job.cfg.data
@@ -332,10 +324,9 @@ def answer(job:Job, engine, which:str)->float|None: # which: before or after; th
 
 def dequantized_if_local(job:Job, engine): # a context manager
     "Dense weights decode faster on a CPU, but sharded ones must stay packed."
-    from contextlib import nullcontext
     return dequantized(job.model) if engine.ranks == 1 and job.device == "cpu" and isinstance(engine, LocalEngine) else nullcontext(job.model)
 
-# %% ../nbs/15_train.ipynb #15train041
+# %% ../nbs/15_train.ipynb #15train051
 def _keep_answers(path, rows, references, which, answers):
     "One entry per question: prompt, reference, meta, and the answers so far."
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [
@@ -349,7 +340,7 @@ def _score_kept(path, which):
     kept = json.loads(path.read_text(encoding="utf-8"))
     return score_answers([e[which] for e in kept], [e["reference"] for e in kept]) if all(which in e for e in kept) else None
 
-# %% ../nbs/15_train.ipynb #15train043
+# %% ../nbs/15_train.ipynb #15train053
 @dataclass
 class Result:
     "How a run ended."
@@ -376,7 +367,7 @@ def train(cfg:RunConfig, # the run
         if isinstance(e, torch.OutOfMemoryError): raise RunFailed(f"out of card memory; {smaller(cfg)}") from e
         raise
 
-# %% ../nbs/15_train.ipynb #15train044
+# %% ../nbs/15_train.ipynb #15train055
 def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
     "Choose the folder on rank 0, tell the others, and check that a resumed run stays the same run."
     choice = [None]
@@ -392,6 +383,7 @@ def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|Non
     check_resume(yaml.safe_load((run/"config.yaml").read_text(encoding="utf-8")), cfg.model_dump())
     return run, checkpoint
 
+# %% ../nbs/15_train.ipynb #15train056
 def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     "logs/rank-N.log; with `debug` every library may speak."
     (run/"logs").mkdir(exist_ok=True)
@@ -404,6 +396,7 @@ def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     return log
 
+# %% ../nbs/15_train.ipynb #15train058
 def smaller(cfg:RunConfig)->str: # advice after running out of memory
     "The smallest change that takes less memory and trains the same."
     t = cfg.training
@@ -411,7 +404,7 @@ def smaller(cfg:RunConfig)->str: # advice after running out of memory
     if t.recompute == "none": return "try training.recompute=layer"
     return f"try training.max_length={t.max_length//2}"
 
-# %% ../nbs/15_train.ipynb #15train046
+# %% ../nbs/15_train.ipynb #15train061
 def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, place, log):
     rank0, say = place.rank == 0, (lambda text: None) if quiet or place.rank else (lambda text: print(text, file=sys.stderr))
     if rank0:
@@ -435,6 +428,7 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, place, log):
     finally: monitor.close()
     return finish(job, engine, progress, status, before, log)
 
+# %% ../nbs/15_train.ipynb #15train063
 def finish(job:Job, engine, progress:Progress, status:str, before, log)->Result:
     "Adapter, score, summary."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
@@ -451,6 +445,7 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log)->Result:
     log.info("ended: %s", summary)
     return Result(job.run, status, summary)
 
+# %% ../nbs/15_train.ipynb #15train064
 def show_first_batch(job:Job)->None:
     "Print the first rows as the loss sees them."
     from rich import print as show
