@@ -15,19 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-# %% ../nbs/09_engine.ipynb #09engine009
+# %% ../nbs/09_engine.ipynb #09engine010
 class _Line(nn.Module):
     "y = w·x + b with a summed squared error: the smallest thing that an engine can train."
     def __init__(self): super().__init__(); self.model = nn.Linear(3, 1)
     def forward(self, x, y): return ((self.model(x)-y)**2).sum()
 
-# %% ../nbs/09_engine.ipynb #09engine011
+# %% ../nbs/09_engine.ipynb #09engine012
 def trainable(module:nn.Module, # the module that computes the loss; the PEFT model is its `model`
     )->dict: # name in the PEFT model → parameter
     "Parameters that take gradients, by name."
     return {n.removeprefix("model."): p for n, p in module.named_parameters() if p.requires_grad}
 
-# %% ../nbs/09_engine.ipynb #09engine016
+# %% ../nbs/09_engine.ipynb #09engine017
 def make_optimizer(module:nn.Module, # as in `trainable`
     weight_decay:float=0.0, # for matrices; vectors get none
     )->torch.optim.AdamW: # its learning rate is set by `step`
@@ -41,12 +41,12 @@ def dims(p)->int: # under ZeRO-3 a parameter's own shape is empty, and `ds_shape
     "Number of dimensions of the whole parameter."
     return len(getattr(p, "ds_shape", p.shape))
 
-# %% ../nbs/09_engine.ipynb #09engine019
+# %% ../nbs/09_engine.ipynb #09engine020
 def set_lr(optimizer, lr:float)->None: # of this step
     "Give every group the learning rate of this step."
     for group in optimizer.param_groups: group["lr"] = lr
 
-# %% ../nbs/09_engine.ipynb #09engine021
+# %% ../nbs/09_engine.ipynb #09engine022
 @dataclass
 class LocalEngine:
     "One process, one device."
@@ -68,7 +68,7 @@ class LocalEngine:
 
     def total(self, x:float)->float: return float(x)
 
-# %% ../nbs/09_engine.ipynb #09engine023
+# %% ../nbs/09_engine.ipynb #09engine024
 def local_step(self:LocalEngine, lr:float)->float: # gradient norm before clipping
     "Clip, update, forget the gradients."
     set_lr(self.optimizer, lr)
@@ -78,7 +78,7 @@ def local_step(self:LocalEngine, lr:float)->float: # gradient norm before clippi
 
 LocalEngine.step = local_step
 
-# %% ../nbs/09_engine.ipynb #09engine028
+# %% ../nbs/09_engine.ipynb #09engine029
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def local_state(self:LocalEngine)->dict: # "kind/name" → fp32 tensor on the CPU
@@ -90,7 +90,7 @@ def local_state(self:LocalEngine)->dict: # "kind/name" → fp32 tensor on the CP
             out[f"{kind}/{name}"] = torch.zeros(p.shape) if moment is None else moment.detach().float().cpu().clone()
     return out
 
-# %% ../nbs/09_engine.ipynb #09engine030
+# %% ../nbs/09_engine.ipynb #09engine031
 @torch.no_grad()
 def load_local_state(self:LocalEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
     "Put masters and moments back."
@@ -101,7 +101,7 @@ def load_local_state(self:LocalEngine, tensors:dict, step:int)->None: # step: op
 
 LocalEngine.state, LocalEngine.load = local_state, load_local_state
 
-# %% ../nbs/09_engine.ipynb #09engine034
+# %% ../nbs/09_engine.ipynb #09engine035
 @dataclass
 class Place:
     "Where this process stands among all of them."
@@ -115,7 +115,7 @@ def free_port()->int: # a TCP port of this machine that nobody listens on
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
-# %% ../nbs/09_engine.ipynb #09engine036
+# %% ../nbs/09_engine.ipynb #09engine037
 def find_place(several:bool=False, # join the other ranks through DeepSpeed, even if this is the only one
     )->Place: # of this process
     "Pick the device and, with several ranks, join them."
@@ -131,7 +131,7 @@ def find_place(several:bool=False, # join the other ranks through DeepSpeed, eve
     deepspeed.init_distributed(dist_backend="nccl" if cards >= per_host else "gloo", verbose=False)
     return Place(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
-# %% ../nbs/09_engine.ipynb #09engine038
+# %% ../nbs/09_engine.ipynb #09engine039
 @dataclass
 class DeepSpeedEngine:
     "Several ranks, or one, under a DeepSpeed config from page 08."
@@ -154,7 +154,7 @@ class DeepSpeedEngine:
         self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss*(self.ranks/n), scale_wrt_gas=False)
 
-# %% ../nbs/09_engine.ipynb #09engine040
+# %% ../nbs/09_engine.ipynb #09engine041
 def sharded_step(self:DeepSpeedEngine, lr:float)->float: # gradient norm before clipping, the same on every rank
     "Clip, update this rank's shard, forget the gradients."
     set_lr(self.ds.optimizer, lr)
@@ -169,7 +169,7 @@ def sharded_total(self:DeepSpeedEngine, x:float)->float: # the same on every ran
 
 DeepSpeedEngine.step, DeepSpeedEngine.total = sharded_step, sharded_total
 
-# %% ../nbs/09_engine.ipynb #09engine042
+# %% ../nbs/09_engine.ipynb #09engine043
 def empty_moments(ds, # a DeepSpeed engine at stage 3
     step:int=0, # optimizer steps taken so far
     )->None:
@@ -179,7 +179,7 @@ def empty_moments(ds, # a DeepSpeed engine at stage 3
         for kind in MOMENTS: state[flat].setdefault(kind, torch.zeros_like(flat))
         state[flat]["step"] = torch.tensor(float(step))
 
-# %% ../nbs/09_engine.ipynb #09engine044
+# %% ../nbs/09_engine.ipynb #09engine045
 def gather_sharded(self:DeepSpeedEngine)->dict: # name → whole tensor, fp32, on the CPU
     "Assemble the trained tensors from all ranks."
     from deepspeed.utils import safe_get_full_fp32_param
@@ -197,7 +197,7 @@ def _cpu(t): return t.detach().float().cpu().clone()
 
 DeepSpeedEngine.gather, DeepSpeedEngine.state = gather_sharded, sharded_state
 
-# %% ../nbs/09_engine.ipynb #09engine048
+# %% ../nbs/09_engine.ipynb #09engine049
 def shard(whole:torch.Tensor, # any shape, N numbers
     rank:int, # 0 … W-1
     ranks:int, # W
@@ -206,7 +206,7 @@ def shard(whole:torch.Tensor, # any shape, N numbers
     run = -(-whole.numel()//ranks)
     return nn.functional.pad(whole.flatten(), (0, run*ranks-whole.numel())).narrow(0, rank*run, run)
 
-# %% ../nbs/09_engine.ipynb #09engine051
+# %% ../nbs/09_engine.ipynb #09engine052
 def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
     "Hand every rank its shard of masters, moments, and of the copy that the forward pass reads."
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

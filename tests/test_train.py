@@ -168,3 +168,38 @@ def test_resume_refuses_another_learning_rate(whole):
 def test_a_run_is_never_written_over(tiny_config):
     path = tiny_config("twice", training__max_steps=1)
     assert [run(path).run.name for _ in range(3)] == ["twice", "twice-2", "twice-3"]
+
+
+@pytest.fixture(scope="module")
+def tiny_dialogpt(tmp_path_factory):
+    """What microsoft/DialoGPT-medium is, but small: GPT-2 (`Conv1D`, dropout), a .bin checkpoint, no pad token, no chat template."""
+    from conftest import save_tokenizer
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny_dialogpt")
+    save_tokenizer(folder, template=None)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "<|endoftext|>"
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=0, eos_token_id=0))
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    return folder
+
+
+def test_the_config_of_the_specification_trains_a_gpt2(tiny_dialogpt, tmp_path, monkeypatch):
+    from conftest import write_rows
+
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+    write_rows(tmp_path / "rows.json")
+    path = tmp_path / "train_config.yaml"
+    path.write_text(f"""
+model:    {{base_model: "{tiny_dialogpt}", lora_r: 16, lora_alpha: 32, lora_dropout: 0.1}}
+training: {{num_epochs: 3, batch_size: 4, learning_rate: 2e-4, max_length: 512}}
+data:     {{train_file: "rows.json", validation_split: 0.1}}
+""")
+    result = run(path, f"training.output_dir={tmp_path / 'runs'}", "training.learning_rate=5e-3")
+    assert result.summary["last_loss"] < result.summary["first_loss"] and result.summary["best_val_loss"]
+    names = load_file(result.run / "adapter/adapter_model.safetensors")
+    assert {"c_attn", "c_proj", "c_fc"} <= {part for name in names for part in name.split(".")}
