@@ -117,7 +117,7 @@ def key_lines(text:str, # the YAML file
     walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
     return lines
 
-# %% ../nbs/14_config.ipynb #14config028
+# %% ../nbs/14_config.ipynb #14config029
 def nearest_key(path:tuple, # the unknown key, e.g. ("training", "learnig_rate")
     )->str: # advice for the reader
     "The known key that resembles `path` most, looked for in its own section first."
@@ -129,7 +129,7 @@ def nearest_key(path:tuple, # the unknown key, e.g. ("training", "learnig_rate")
         if path[-1] in keys: return f"it belongs to the section {section}."
     return f"known here: {', '.join(names)}."
 
-# %% ../nbs/14_config.ipynb #14config031
+# %% ../nbs/14_config.ipynb #14config032
 def _problem(path, errors, where):
     "One line for what pydantic found at one setting."
     field, first = ".".join(path), errors[0]
@@ -138,7 +138,7 @@ def _problem(path, errors, where):
     allowed = " or ".join(dict.fromkeys(f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in errors))
     return f"{where}: {field} is {first['input']!r}; {allowed}."
 
-# %% ../nbs/14_config.ipynb #14config032
+# %% ../nbs/14_config.ipynb #14config033
 def check(values:dict, # sections as read from a file
     text:str="", # the file's text, for line numbers
     name:str="config", # how messages call the file
@@ -154,7 +154,7 @@ def check(values:dict, # sections as read from a file
     for error in errors: found.setdefault(tuple(map(str, error["loc"][:2])), []).append(error)
     raise UserError("\n".join(_problem(path, errors, places.get(path) or places.get(path[:1], name)) for path, errors in found.items()))
 
-# %% ../nbs/14_config.ipynb #14config036
+# %% ../nbs/14_config.ipynb #14config037
 def override(values:dict, # nested settings, changed in place
     words:list, # "section.key=value"
     )->dict: # `values`
@@ -167,7 +167,7 @@ def override(values:dict, # nested settings, changed in place
         except yaml.YAMLError: raise UserError(f"{word!r}: the value is not valid YAML; quote it, e.g. '{section}.{key}=\"…\"'") from None
     return values
 
-# %% ../nbs/14_config.ipynb #14config041
+# %% ../nbs/14_config.ipynb #14config042
 def find_input(path:str, # as written in the config
     base:Path, # folder of the config file
     field:str="data.train_file", # for the message
@@ -179,7 +179,7 @@ def find_input(path:str, # as written in the config
     tried = ", ".join(dict.fromkeys(str(p.resolve()) for p in places))
     raise UserError(f"{field}: {path!r} was not found; looked in {tried}. Give a path relative to one of these, or an absolute one.")
 
-# %% ../nbs/14_config.ipynb #14config045
+# %% ../nbs/14_config.ipynb #14config046
 def load_hook(name:str, # "package.module.function"
     base:Path, # folder of the config file; the function is imported from it or from its parent
     field:str, # for the message
@@ -192,13 +192,13 @@ def load_hook(name:str, # "package.module.function"
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"{field}: {name!r} could not be imported ({e}); write module.function, relative to {base.resolve().parent}") from None
 
-# %% ../nbs/14_config.ipynb #14config048
+# %% ../nbs/14_config.ipynb #14config049
 def looks_like_path(base_model:str, # as the config names it
     )->bool: # a hub id has exactly one slash and does not begin with a dot, slash or tilde
     "Does `base_model` name a place on this disk rather than a model on the hub?"
     return base_model.endswith(".gguf") or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
 
-# %% ../nbs/14_config.ipynb #14config051
+# %% ../nbs/14_config.ipynb #14config052
 def read_yaml(path:Path, # the config file
     )->tuple[dict, str]: # settings and the text they came from
     "Parse a YAML file; a syntax error becomes a `UserError` with its line."
@@ -215,7 +215,7 @@ def read_yaml(path:Path, # the config file
     key_lines(text, str(path))
     return values, text
 
-# %% ../nbs/14_config.ipynb #14config054
+# %% ../nbs/14_config.ipynb #14config055
 def load_config(path, # the YAML file
     overrides:list=(), # "section.key=value" words
     )->RunConfig: # settings with absolute input paths
@@ -231,7 +231,7 @@ def load_config(path, # the YAML file
         raise UserError(f"{path}: data.score is {cfg.data.score}; data.score_file must name the rows to answer")
     return cfg
 
-# %% ../nbs/14_config.ipynb #14config060
+# %% ../nbs/14_config.ipynb #14config061
 def config_yaml(cfg:RunConfig, # complete settings
     )->str: # every setting, defaults included
     "The resolved settings as YAML."

@@ -203,3 +203,12 @@ data:     {{train_file: "rows.json", validation_split: 0.1}}
     assert result.summary["last_loss"] < result.summary["first_loss"] and result.summary["best_val_loss"]
     names = load_file(result.run / "adapter/adapter_model.safetensors")
     assert {"c_attn", "c_proj", "c_fc"} <= {part for name in names for part in name.split(".")}
+
+
+def test_tensorboard_gets_the_same_numbers(tiny_config):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = run(tiny_config("board", training__report_to="tensorboard", training__max_steps=3))
+    events = EventAccumulator(str(result.run / "tensorboard"))
+    events.Reload()
+    assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in read_metrics(result.run)], rel=1e-6)
