@@ -49,7 +49,8 @@ def export_readme(root):
                 parts.append(f"```python\n{text}\n```")
             parts += [output_text(o) for o in cell["outputs"]]
     body = "\n\n".join(p.strip("\n") for p in parts if p.strip())
-    body = re.sub(r"\]\((\w+)\.ipynb", r"](nbs/\1.ipynb", body)
+    body = re.sub(r"\]\(([\w/]+)\.ipynb", r"](nbs/\1.ipynb", body)
+    body = body.replace("](images/", "](nbs/images/")
     (root / "README.md").write_text(body + "\n", encoding="utf-8")
 
 

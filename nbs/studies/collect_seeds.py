@@ -15,7 +15,7 @@ def run_record(run):
     return {
         "seed": environment["seed"],
         "versions": environment["versions"],
-        "summary": {k: summary[k] for k in ("steps", "tokens", "wall_s", "mem_peak_gb", "score_before", "score_after")},
+        "summary": {k: summary[k] for k in ("steps", "tokens", "mem_peak_gb", "score_before", "score_after")},
         "loss": [[m["step"], m["loss"]] for m in metrics],
         "val_loss": [[m["step"], m["val_loss"]] for m in metrics if "val_loss" in m],
         "answers": read("answers.json"),
