@@ -214,7 +214,7 @@ def newest_checkpoint(
 # %% ../nbs/11_checkpoint.ipynb #11checkpoint077
 LONGER = frozenset({"training.num_epochs", "training.max_steps"})
 FREE = frozenset({f"training.{k}" for k in ("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "early_stop_patience",
-                  "save_total_limit", "output_dir", "report_to", "recompute")} | {"data.score", "data.score_file"})
+                  "save_total_limit", "output_dir", "report_to", "recompute", "batch_size", "gradient_accumulation_steps")} | {"data.score", "data.score_file"})
 
 def may_change(
     name:str, # "training.max_steps"

@@ -223,9 +223,10 @@ def load_config(path, # the YAML file
     values, text = read_yaml(Path(path))
     cfg = check(override(values, overrides), text, str(path), overrides)
     base = Path(path).resolve().parent
-    for field in ("train_file", "validation_file", "score_file"):
+    hooked = ("train_file", "validation_file") if cfg.data.load_dataset else () # a function of the user's may name anything
+    for field in ("train_file", "validation_file", *(["score_file"] if cfg.data.score != "none" else [])):
         value = getattr(cfg.data, field)
-        if value and not cfg.data.load_dataset: setattr(cfg.data, field, str(find_input(value, base, f"data.{field}")))
+        if value and field not in hooked: setattr(cfg.data, field, str(find_input(value, base, f"data.{field}")))
     if looks_like_path(cfg.model.base_model): cfg.model.base_model = str(find_input(cfg.model.base_model, base, "model.base_model"))
     if cfg.data.score != "none" and not cfg.data.score_file:
         raise UserError(f"{path}: data.score is {cfg.data.score}; data.score_file must name the rows to answer")

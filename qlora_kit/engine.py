@@ -73,7 +73,8 @@ def local_step(self:LocalEngine, lr:float)->float: # gradient norm before clippi
     "Clip, update, forget the gradients."
     set_lr(self.optimizer, lr)
     norm = nn.utils.clip_grad_norm_(trainable(self.module).values(), self.max_grad_norm)
-    self.optimizer.step(); self.optimizer.zero_grad()
+    if torch.isfinite(norm): self.optimizer.step() # a gradient that is no number must not reach the weights
+    self.optimizer.zero_grad()
     return float(norm)
 
 LocalEngine.step = local_step

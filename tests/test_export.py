@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 def test_export_changes_nothing(tmp_path):
     copy = tmp_path / "kit"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".gpu", ".pytest_cache"))
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".pytest_cache"))
     subprocess.run([sys.executable, str(ROOT / ".ci/export.py"), str(copy)], cwd=copy, check=True, capture_output=True, text=True)
     exported = [*copy.glob("qlora_kit/*.py"), *copy.glob("qlora_kit/assets/**/*.tpl"), copy / "README.md"]
     differ = [str(f.relative_to(copy)) for f in exported if not (ROOT / f.relative_to(copy)).exists() or f.read_bytes() != (ROOT / f.relative_to(copy)).read_bytes()]

@@ -99,7 +99,9 @@ def test_frozen_bytes_never_change(tiny_config):
         log = staticmethod(lambda record: None)
 
     path = tiny_config()
-    job = make_job(load_config(path), path.parent / "hash", Place(), path.parent)
+    folder = path.parent / "hash"
+    folder.mkdir()
+    job = make_job(load_config(path), folder, Place(), path.parent)
     before = packed_hash(job.model)
     engine = make_engine(job)
     engine.module.train()
@@ -212,3 +214,16 @@ def test_tensorboard_gets_the_same_numbers(tiny_config):
     events = EventAccumulator(str(result.run / "tensorboard"))
     events.Reload()
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in read_metrics(result.run)], rel=1e-6)
+
+
+def test_resume_keeps_the_rows_of_a_step(whole):
+    path, full = whole
+    with pytest.raises(UserError, match="4 rows.*8"):
+        run(path, f"training.output_dir={full.run}", "training.batch_size=4", resume=full.run)
+
+
+def test_a_refused_start_leaves_no_folder(tiny_config):
+    path = tiny_config("refused", training__report_to="none", model__target_modules=["nothing"])
+    with pytest.raises(UserError, match="nothing"):
+        run(path)
+    assert not (path.parent / "runs/refused").exists()
