@@ -28,9 +28,11 @@ ASSETS = Path(str(files("qlora_kit")/"assets"))
 
 def kit_requirement()->str: # one line for requirements.txt
     "Where pip finds the kit that runs now: the local folder or wheel it came from, or its version on an index."
-    dist = metadata.distribution("qlora_kit")
-    origin = json.loads(dist.read_text("direct_url.json") or "{}").get("url")
-    if vcs := json.loads(dist.read_text("direct_url.json") or "{}").get("vcs_info"): origin = f"{vcs['vcs']}+{origin}@{vcs['commit_id']}"
+    dist = metadata.distribution("qlora_kit")   # in a checkout its build leftovers are found too, without an origin
+    texts = [d.read_text("direct_url.json") for d in metadata.distributions(name="qlora_kit")]
+    direct = json.loads(next(filter(None, texts), "{}"))
+    origin, vcs = direct.get("url"), direct.get("vcs_info")
+    if vcs: origin = f"{vcs['vcs']}+{origin}@{vcs['commit_id']}"
     return f"qlora_kit[deepspeed] @ {origin}" if origin else f"qlora_kit[deepspeed]=={dist.version}"
 
 def requirements()->str: # content of a project's requirements.txt

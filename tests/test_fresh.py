@@ -15,7 +15,12 @@ def test_requirements_install_the_kit_that_made_the_project(tmp_path, tiny_llama
     assert run_app(["new", str(project)]) == 0
     write_rows(project / "data/rows.json")
     python = tmp_path / "env/bin/python"
-    run = lambda *words: subprocess.run([str(w) for w in words], cwd=project, check=True, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
+
+    def run(*words):
+        r = subprocess.run([str(w) for w in words], cwd=project, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=1500)
+        assert r.returncode == 0, r.stdout[-2000:] + r.stderr[-2000:]
+        return r
+
     run(sys.executable, "-m", "venv", tmp_path / "env")
     run(python, "-m", "pip", "install", "-q", "-r", "requirements.txt")
     where = run(python, "-c", "import qlora_kit, importlib.metadata as m; print(m.version('qlora_kit'), qlora_kit.__file__)").stdout
