@@ -47,7 +47,7 @@ ops: install ## DeepSpeed's operator for CPU ranks, compiled once (about a minut
 	@$(BIN)/python .ci/prebuild.py
 
 lab: install ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $$(test $$(id -u) = 0 && echo --allow-root)
 
 export: install ## notebooks -> package, README and script templates; stored outputs cleaned
 	$(BIN)/python .ci/export.py
