@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qlora_kit.engine.find_place': ('engine.html#find_place', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.free_port': ('engine.html#free_port', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.gather_sharded': ('engine.html#gather_sharded', 'qlora_kit/engine.py'),
+                                  'qlora_kit.engine.leave': ('engine.html#leave', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.load_local_state': ('engine.html#load_local_state', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.load_sharded_state': ('engine.html#load_sharded_state', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.local_state': ('engine.html#local_state', 'qlora_kit/engine.py'),

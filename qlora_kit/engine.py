@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOMENTS', 'trainable', 'make_optimizer', 'dims', 'set_lr', 'LocalEngine', 'local_step', 'local_state',
-           'load_local_state', 'Place', 'free_port', 'find_place', 'DeepSpeedEngine', 'sharded_step', 'sharded_total',
-           'empty_moments', 'gather_sharded', 'sharded_state', 'shard', 'load_sharded_state']
+           'load_local_state', 'Place', 'free_port', 'find_place', 'leave', 'DeepSpeedEngine', 'sharded_step',
+           'sharded_total', 'empty_moments', 'gather_sharded', 'sharded_state', 'shard', 'load_sharded_state']
 
 # %% ../nbs/09_engine.ipynb #09engine002
 import os
@@ -133,6 +133,13 @@ def find_place(several:bool=False, # join the other ranks through DeepSpeed, eve
     return Place(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
 
 # %% ../nbs/09_engine.ipynb #09engine039
+def leave()->None:
+    "Part from the other ranks, once all of them are here; alone, nothing."
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+# %% ../nbs/09_engine.ipynb #09engine041
 @dataclass
 class DeepSpeedEngine:
     "Several ranks, or one, under a DeepSpeed config from page 08."
@@ -155,7 +162,7 @@ class DeepSpeedEngine:
         self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss*(self.ranks/n), scale_wrt_gas=False)
 
-# %% ../nbs/09_engine.ipynb #09engine041
+# %% ../nbs/09_engine.ipynb #09engine043
 def sharded_step(self:DeepSpeedEngine, lr:float)->float: # gradient norm before clipping, the same on every rank
     "Clip, update this rank's shard, forget the gradients."
     set_lr(self.ds.optimizer, lr)
@@ -170,7 +177,7 @@ def sharded_total(self:DeepSpeedEngine, x:float)->float: # the same on every ran
 
 DeepSpeedEngine.step, DeepSpeedEngine.total = sharded_step, sharded_total
 
-# %% ../nbs/09_engine.ipynb #09engine043
+# %% ../nbs/09_engine.ipynb #09engine045
 def empty_moments(ds, # a DeepSpeed engine at stage 3
     step:int=0, # optimizer steps taken so far
     )->None:
@@ -180,7 +187,7 @@ def empty_moments(ds, # a DeepSpeed engine at stage 3
         for kind in MOMENTS: state[flat].setdefault(kind, torch.zeros_like(flat))
         state[flat]["step"] = torch.tensor(float(step))
 
-# %% ../nbs/09_engine.ipynb #09engine045
+# %% ../nbs/09_engine.ipynb #09engine047
 def gather_sharded(self:DeepSpeedEngine)->dict: # name → whole tensor, fp32, on the CPU
     "Assemble the trained tensors from all ranks."
     from deepspeed.utils import safe_get_full_fp32_param
@@ -198,7 +205,7 @@ def _cpu(t): return t.detach().float().cpu().clone()
 
 DeepSpeedEngine.gather, DeepSpeedEngine.state = gather_sharded, sharded_state
 
-# %% ../nbs/09_engine.ipynb #09engine049
+# %% ../nbs/09_engine.ipynb #09engine051
 def shard(whole:torch.Tensor, # any shape, N numbers
     rank:int, # 0 … W-1
     ranks:int, # W
@@ -207,7 +214,7 @@ def shard(whole:torch.Tensor, # any shape, N numbers
     run = -(-whole.numel()//ranks)
     return nn.functional.pad(whole.flatten(), (0, run*ranks-whole.numel())).narrow(0, rank*run, run)
 
-# %% ../nbs/09_engine.ipynb #09engine052
+# %% ../nbs/09_engine.ipynb #09engine054
 def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
     "Hand every rank its shard of masters, moments, and of the copy that the forward pass reads."
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state

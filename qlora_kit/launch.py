@@ -107,11 +107,13 @@ def train(config: Annotated[Path, typer.Argument(help="The YAML config")],
     if debug: os.environ.setdefault("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     if local_rank is not None: os.environ.setdefault("LOCAL_RANK", str(local_rank))
     from qlora_kit.config import load_config
+    from qlora_kit.engine import leave
     from qlora_kit.train import train as run
     quiet_libraries(debug)
     cfg = load_config(config, overrides or [])
     result = run(cfg, config.stem, resume=True if resume == "newest" else resume or False, deepspeed=deepspeed, debug=debug, base=config.parent)
     if int(os.environ.get("RANK", 0)) == 0: report(result)
+    leave()
     return {"SIGINT": 130, "SIGTERM": 143}.get(result.status, 0)
 
 def quiet_libraries(debug:bool=False)->None:

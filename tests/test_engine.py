@@ -100,7 +100,7 @@ RANK = """
 import json, sys
 sys.path.insert(0, sys.argv[2])
 from safetensors.torch import load_file, save_file
-from qlora_kit.engine import DeepSpeedEngine, find_place, make_optimizer
+from qlora_kit.engine import DeepSpeedEngine, find_place, leave, make_optimizer
 from qlora_kit.zero import zero_config
 from test_engine import Net
 tensors, place, net = load_file(sys.argv[1]), find_place(several=True), Net()
@@ -113,6 +113,7 @@ for step in range(2):
 assert engine.total(place.rank + 1) == 3
 state = engine.state()
 if place.rank == 0: save_file(state, sys.argv[1] + ".out"); print(json.dumps(norm))
+leave()
 """
 
 
