@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ranks test-demo test-fresh seeds ops lab export clean
+.PHONY: help install demo test test-ranks test-demo test-fresh seeds ops lab docs docs-serve docs-test export clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,7 +28,7 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
 test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
-	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh' tests
+	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
@@ -48,6 +48,16 @@ ops: install ## DeepSpeed's operator for CPU ranks, compiled once (about a minut
 
 lab: install ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs $$(test $$(id -u) = 0 && echo --allow-root)
+
+docs: install ## the site, in _docs; opens without a server
+	@$(BIN)/python -W ignore .ci/docs.py
+
+docs-serve: docs ## the site at http://localhost:8000
+	$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory _docs
+
+docs-test: docs ## the site in a real browser: links, requests, search, contrast
+	@sh .ci/system-packages browser
+	$(BIN)/python -m pytest -q -m docs tests
 
 export: install ## notebooks -> package, README and script templates; stored outputs cleaned
 	$(BIN)/python .ci/export.py

@@ -1,0 +1,157 @@
+"""The built site in a real browser: every page, every link, no other host, search, texts for figures. `make docs-test` builds it first."""
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+from bs4 import BeautifulSoup
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "_docs"
+pytestmark = pytest.mark.docs
+CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+
+def pages():
+    return sorted(p for p in SITE.rglob("*.html") if "site_libs" not in p.parts and p.parent.name != "source")
+
+
+def soup(page):
+    return BeautifulSoup(page.read_text(encoding="utf-8"), "html.parser")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        started = p.chromium.launch(executable_path="/usr/bin/chromium", args=CHROMIUM)
+        yield started
+        started.close()
+
+
+def test_every_notebook_has_its_page_and_every_page_stands_in_the_sidebar():
+    names = {re.sub(r"^\d\d[a-z]?_", "", p.stem) for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts}
+    assert names <= {p.stem for p in pages()}
+    listed = {a["href"].split("/")[-1].split("#")[0] for a in soup(SITE / "index.html").select("#quarto-sidebar a[href]")}
+    assert {f"{n}.html" for n in names} <= listed
+
+
+def test_links_lead_somewhere():
+    ids, broken = {}, []
+    for page in pages():
+        for a in soup(page).select("a[href]"):
+            href, anchor = urldefrag(a["href"])
+            if re.match(r"[a-z]+:", href):
+                continue
+            target = (page.parent / unquote(href)).resolve() if href else page
+            if not target.exists():
+                broken.append(f"{page.relative_to(SITE)} → {a['href']}")
+            elif anchor and target.suffix == ".html":
+                if target not in ids:
+                    ids[target] = {e["id"] for e in soup(target).select("[id]")}
+                if unquote(anchor) not in ids[target]:
+                    broken.append(f"{page.relative_to(SITE)} → {a['href']}")
+    assert not broken, "\n".join(sorted(set(broken)))
+
+
+def test_no_page_asks_another_host_or_complains(browser):
+    tab, asked, said = browser.new_page(), [], []
+    tab.on("request", lambda r: asked.append(r.url))
+    tab.on("console", lambda m: said.append(f"{tab.url}: {m.text}") if m.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda e: said.append(f"{tab.url}: {e}"))
+    tab.on("requestfailed", lambda r: said.append(f"{r.url} failed"))
+    for page in pages():
+        tab.goto(page.as_uri(), wait_until="load")
+    elsewhere = {u for u in asked if not u.startswith(("file://", "data:"))}
+    tab.close()
+    assert not elsewhere and not said, [*elsewhere, *said]
+
+
+def test_search_finds_names_and_headings(browser):
+    from playwright.sync_api import expect
+
+    tab = browser.new_page()
+    tab.goto((SITE / "studies/payments.html").as_uri())
+    for word in ("nf4_codebook", "load_model", "add_lora", "LossModel", "zero_config", "DeepSpeedEngine", "Monitor", "save_checkpoint", "exact_match", "RunConfig"):
+        tab.keyboard.press("/")
+        box = tab.locator(".smalldocs-search input").first
+        box.fill(word)
+        first = tab.locator(".search-result").first
+        expect(first, word).to_contain_text(word, timeout=5000)
+        assert (SITE / "studies" / first.get_attribute("href").split("#")[0]).resolve().exists()
+    tab.close()
+
+
+def test_the_index_of_the_search_knows_every_public_name():
+    sections = {e["section"] for e in json.loads((SITE / "search.json").read_text(encoding="utf-8"))} | set()
+    names = {a.get_text() for a in soup(SITE / "reference/names.html").select("main td a code")}
+    text = (SITE / "search.json").read_text(encoding="utf-8")
+    assert len(names) > 100 and not [n for n in names if n not in sections and n not in text]
+
+
+def test_every_config_key_is_listed():
+    from qlora_kit.config import RunConfig
+
+    cells = {c.get_text() for c in soup(SITE / "reference/config.html").select("main td:first-child code")}
+    assert cells == {key for field in RunConfig.model_fields.values() for key in field.annotation.model_fields}
+
+
+def test_figures_have_texts_ids_are_unique_and_headings_in_order():
+    wrong = []
+    for page in pages():
+        doc, name = soup(page), page.relative_to(SITE)
+        wrong += [f"{name}: no alt text" for image in doc.select("img") if not image.get("alt", "").strip()]
+        wrong += [f"{name}: id {i} stands {n} times" for i, n in Counter(e["id"] for e in doc.select("[id]")).items() if n > 1]
+        levels = [int(h.name[1]) for h in doc.select("main h1, main h2, main h3, main h4")]
+        wrong += [f"{name}: heading of level {b} after {a}" for a, b in zip(levels, levels[1:]) if b > a + 1]
+        wrong += [f"{name}: {levels.count(1)} titles"] if levels.count(1) != 1 else []
+        wrong += [] if doc.html.get("lang") else [f"{name}: no language"]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_first_page_is_light_and_nothing_holds_up_its_painting():
+    page = SITE / "index.html"
+    doc = soup(page)
+    files = [page, *[(page.parent / e[k]).resolve() for e, k in [(e, "src") for e in doc.select("script[src], img[src]") if not e["src"].startswith("data:")]
+                     + [(e, "href") for e in doc.select("link[rel=stylesheet]")]]]
+    assert sum(f.stat().st_size for f in files) <= 1.5e6, {f.name: f.stat().st_size for f in files}
+    assert not [s for s in doc.select("script[src]") if not s.has_attr("defer") and not s.has_attr("async")]
+
+
+def luminance(rgb):
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+CONTRAST = """selector => [...document.querySelectorAll(selector)].filter(e => e.offsetParent && e.textContent.trim()).slice(0, 60).map(e => {
+  let b = e, back = "rgba(0, 0, 0, 0)";
+  while (b && /, 0\\)$|transparent/.test(back)) { back = getComputedStyle(b).backgroundColor; b = b.parentElement; }
+  return [e.tagName + "." + e.className + ": " + e.textContent.trim().slice(0, 30), getComputedStyle(e).color, back]; })"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_is_legible_in_both_themes(browser, scheme):
+    """At least 4.5 : 1, what WCAG 2.1 asks of text of this size."""
+    tab, weak = browser.new_page(color_scheme=scheme), []
+    for name in ("index", "nf4", "train", "reference/config", "studies/payments"):
+        tab.goto((SITE / f"{name}.html").as_uri())
+        tab.wait_for_timeout(200)
+        for what, front, back in tab.evaluate(CONTRAST, "main p, main td, main th, pre code, pre code span, #quarto-sidebar a, main a, #quarto-margin-sidebar a"):
+            a, b = (luminance([float(v) for v in re.findall(r"[\d.]+", c)[:3]]) for c in (front, back if "0, 0, 0, 0" not in back else "rgb(255,255,255)"))
+            ratio = (max(a, b) + 0.05) / (min(a, b) + 0.05)
+            if ratio < 4.5:
+                weak.append(f"{scheme} {name} {what!r}: {ratio:.1f} ({front} on {back})")
+    tab.close()
+    assert not weak, "\n".join(sorted(set(weak)))
+
+
+def test_papers_are_listed_once_and_all_that_pages_cite_are_there():
+    cited = set()
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in page.parts:
+            cited |= set(re.findall(r"(?:arXiv:?\s*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", page.read_text(encoding="utf-8")))
+    listed = re.findall(r"\[arXiv (\d{4}\.\d{4,5})\]", (ROOT / "nbs/reference/papers.qmd").read_text(encoding="utf-8"))
+    assert len(listed) == len(set(listed)) and cited <= set(listed), cited - set(listed)
