@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGER', 'FREE', 'check_names', 'seed_step', 'State', 'file_of', 'alone', 'plain', 'restored', 'fsync', 'fingerprint',
            'write_files', 'checkpoints', 'step_of', 'discard', 'prune', 'save_checkpoint', 'damage', 'load_checkpoint',
-           'newest_checkpoint', 'may_change', 'settings', 'check_resume']
+           'checkpoint_info', 'newest_checkpoint', 'share_step', 'may_change', 'settings', 'check_resume']
 
 # %% ../nbs/11_checkpoint.ipynb #11checkpoint003
 import hashlib
@@ -201,7 +201,14 @@ def load_checkpoint(
     tensors = {k:v for name in stored["files"] for k,v in load_file(path/name).items()}
     return State(stored["step"], tensors, restored(stored["info"]))
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint065
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint062
+def checkpoint_info(
+    path, # a checkpoint folder
+) -> dict: # `State.info` of that checkpoint
+    "What was written beside the tensors."
+    return restored(json.loads((Path(path)/"state.json").read_text(encoding="utf-8"))["info"])
+
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint067
 def newest_checkpoint(
     run, # run folder
 ) -> Path|None: # None if there is none that is whole
@@ -211,7 +218,21 @@ def newest_checkpoint(
         if wrong is None: return path
         print(f"{path}: {wrong}; passed over", file=sys.stderr)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint077
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint079
+def share_step(
+    size:int, # rows of a step over all ranks, as the run began
+    ranks:int, # W, ranks that go on with it
+    batch_size:int, # most rows that one rank takes at once
+) -> tuple[int, int]: # micro-batch and accumulation; times `ranks` they are `size`
+    "The same step on another number of ranks; a `UserError` where it cannot be shared equally."
+    if size % ranks:
+        divisors = ", ".join(str(d) for d in range(1, size + 1) if size % d == 0)
+        raise UserError(f"--resume: a step of this run has {size} rows, which {ranks} ranks cannot share equally; go on with {divisors} ranks")
+    share = size//ranks
+    accumulation = next(k for k in range(1, share + 1) if share % k == 0 and share//k <= batch_size)
+    return share//accumulation, accumulation
+
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint085
 LONGER = frozenset({"training.num_epochs", "training.max_steps"})
 FREE = frozenset({f"training.{k}" for k in ("save_steps", "eval_steps", "logging_steps", "eval_batch_size", "early_stop_patience",
                   "save_total_limit", "output_dir", "report_to", "recompute", "batch_size", "gradient_accumulation_steps")} | {"data.score", "data.score_file"})
@@ -225,7 +246,7 @@ def may_change(
     length = lambda v: v if v is not None and v > 0 else float("inf")
     return name in FREE or name in LONGER and length(new) >= length(old)
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint079
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint087
 def settings(
     config:dict, # nested: section -> key -> value
     prefix:str="", # put before each name
@@ -236,7 +257,7 @@ def settings(
         flat |= settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix+key:value}
     return flat
 
-# %% ../nbs/11_checkpoint.ipynb #11checkpoint080
+# %% ../nbs/11_checkpoint.ipynb #11checkpoint088
 def check_resume(
     old_config:dict, # the config that the run was started with
     new_config:dict, # the config that it should go on with

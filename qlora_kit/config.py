@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Number', 'as_number', 'Section', 'ModelConfig', 'StepConfig', 'TrainingConfig', 'DataConfig', 'DeepspeedConfig',
-           'RunConfig', 'key_lines', 'nearest_key', 'check', 'override', 'find_input', 'load_hook', 'looks_like_path',
-           'read_yaml', 'load_config', 'config_yaml']
+           'RunConfig', 'key_lines', 'nearest_key', 'check', 'override', 'find_input', 'load_hook', 'call_with',
+           'looks_like_path', 'read_yaml', 'find_data', 'load_config', 'config_yaml']
 
 # %% ../nbs/14_config.ipynb #14config002
 import difflib
 import importlib
+import inspect
 import re
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from .data import UserError
+from .data import FORMATS, UserError, hub_name
 
 # %% ../nbs/14_config.ipynb #14config008
 def as_number(value): # what YAML read
@@ -44,6 +45,11 @@ class ModelConfig(Section):
     lora_r: int = Field(16, ge=1)               # rank r of the update
     lora_alpha: int = Field(32, ge=1)           # the update is scaled by alpha / r
     lora_dropout: Number = Field(0.05, ge=0, lt=1)
+    lora_variant: Literal["lora", "rslora", "dora", "rslora+dora"] = "lora"  # rslora: scaled by alpha / √r; dora: trains lengths too
+    lora_init: str = "kaiming"                  # or gaussian: what A is drawn from
+    rank_pattern: dict[str, int] = {}           # end of a layer's name: its own r, as {down_proj: 32}
+    alpha_pattern: dict[str, Number] = {}       # the same for alpha
+    start_adapter: str | None = None            # adapter folder to go on from; its own r, alpha, dropout and targets count then
     target_modules: str | list[str] = "all-linear"
     create_model: str | None = None             # "models.create_model": a function of yours that builds the model
 
@@ -51,17 +57,20 @@ class ModelConfig(Section):
 class StepConfig(Section):
     "How one optimizer step is computed."
     seed: int = Field(0, ge=0)
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"   # auto: float32 on a CPU, bfloat16 on CUDA
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto" # auto: float32 on a CPU, bfloat16 on CUDA, float16 on a card without it
     batch_size: int = Field(4, ge=1)                         # micro-batch: sequences of one rank in one forward pass
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_length: int = Field(512, ge=8)                       # tokens; longer sequences are cut
     learning_rate: Number = Field(2e-4, gt=0)
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Number = Field(0.03, ge=0, lt=1)           # share of all steps
-    optimizer: Literal["adamw"] = "adamw"
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"  # paged: on CUDA only
+    loraplus_ratio: Number = Field(1.0, ge=1)                # learning rate of B over that of A (LoRA+)
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, gt=0)
     recompute: Literal["none", "layer"] = "none"             # layer: keep only layer inputs, recompute the rest in backward
+    group_by_length: bool = False                            # steps of rows that are similarly long: fewer pads, less mixed steps
+    neftune_alpha: Number = Field(0.0, ge=0)                 # noise on the embeddings while training; 5 is a start, 0 is none
 
 # %% ../nbs/14_config.ipynb #14config017
 class TrainingConfig(StepConfig):
@@ -80,19 +89,28 @@ class TrainingConfig(StepConfig):
 # %% ../nbs/14_config.ipynb #14config019
 class DataConfig(Section):
     "Where the rows come from, what is held out, and how answers are scored."
-    train_file: str = Field(min_length=1)
-    validation_file: str | None = None
+    train_file: str = Field(min_length=1)                    # a file, a folder of files, or owner/name:split on the hub
+    validation_file: str | None = None                       # likewise
+    format: Literal["auto", *FORMATS] = "auto"               # auto: by the names of the columns
+    fields: dict[str, str] = Field(default_factory=dict)     # {prompt: question}: the kit's name, then the file's
+    streaming: bool = False                                  # read row by row, keep tokens on disk: data larger than memory
     validation_split: Number = Field(0.1, ge=0, lt=1)        # used when there is no validation_file
     system_prompt: str | None = None                         # put before every conversation; null: the template's own
+    packing: Literal["none", "best_fit"] = "none"            # best_fit: rows share sequences of max_length tokens, which batch_size then counts
+    weight_field: str | None = None                          # column with the weight of a row in the loss; null: all weigh the same
+    template: str | None = None                              # headings, plain, chatml, llama3, gemma, or a Jinja file; null: the tokenizer's own
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"  # learn every answer, the last one, or every token
     load_dataset: str | None = None                          # "utils.data_utils.load_custom_dataset": a function of yours
     score: Literal["none", "exact_match"] = "none"           # answers before and after training, compared with the file's
     score_file: str | None = None
 
 class DeepspeedConfig(Section):
-    "Used when several ranks train together and no DeepSpeed file is given."
-    stage: Literal[3] = 3
-    offload_param: Literal["none", "cpu"] = "none"
-    offload_optimizer: Literal["none", "cpu"] = "none"
+    "Used when several ranks train together; a DeepSpeed file may choose what is not set here."
+    stage: Literal[0, 1, 2, 3] = 3                           # 3: every rank keeps a share of the weights; 0: plain data parallel
+    offload_param: Literal["none", "cpu", "nvme"] = "none"   # where shards wait while they are not used; stage 3
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    nvme_path: str | None = None                             # a folder on a fast local disk
+    overlap_comm: bool = False                               # gather beside the computation
 
 # %% ../nbs/14_config.ipynb #14config020
 class RunConfig(Section):
@@ -192,13 +210,23 @@ def load_hook(name:str, # "package.module.function"
     except (ImportError, AttributeError, ValueError) as e:
         raise UserError(f"{field}: {name!r} could not be imported ({e}); write module.function, relative to {base.resolve().parent}") from None
 
-# %% ../nbs/14_config.ipynb #14config049
+# %% ../nbs/14_config.ipynb #14config048
+def call_with(function:callable, # the user's
+    *args, # what it always gets
+    **offered, # what it may name among its parameters
+    ): # what it returns
+    "Call `function` with those of the offered arguments that its signature takes."
+    takes = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    return function(*args, **{k: v for k, v in offered.items() if anything or k in takes})
+
+# %% ../nbs/14_config.ipynb #14config053
 def looks_like_path(base_model:str, # as the config names it
     )->bool: # a hub id has exactly one slash and does not begin with a dot, slash or tilde
     "Does `base_model` name a place on this disk rather than a model on the hub?"
     return base_model.endswith(".gguf") or base_model.startswith((".", "/", "~")) or base_model.count("/") > 1
 
-# %% ../nbs/14_config.ipynb #14config052
+# %% ../nbs/14_config.ipynb #14config056
 def read_yaml(path:Path, # the config file
     )->tuple[dict, str]: # settings and the text they came from
     "Parse a YAML file; a syntax error becomes a `UserError` with its line."
@@ -215,7 +243,20 @@ def read_yaml(path:Path, # the config file
     key_lines(text, str(path))
     return values, text
 
-# %% ../nbs/14_config.ipynb #14config055
+# %% ../nbs/14_config.ipynb #14config059
+def find_data(value:str, # as written in the config
+    base:Path, # folder of the config file
+    field:str, # train_file, validation_file, score_file or template
+    hooked:bool=False, # does a function of the user's read train_file and validation_file?
+    )->str: # an absolute path, or `value`; `UserError` for a path that leads nowhere
+    "The place of an input that may also be a name."
+    try: return str(find_input(value, base, f"data.{field}"))
+    except UserError:
+        a_name = hub_name(value) if field != "template" else re.fullmatch(r"\w+", value)
+        if a_name or hooked and field in ("train_file", "validation_file"): return value
+        raise
+
+# %% ../nbs/14_config.ipynb #14config062
 def load_config(path, # the YAML file
     overrides:list=(), # "section.key=value" words
     )->RunConfig: # settings with absolute input paths
@@ -223,16 +264,16 @@ def load_config(path, # the YAML file
     values, text = read_yaml(Path(path))
     cfg = check(override(values, overrides), text, str(path), overrides)
     base = Path(path).resolve().parent
-    hooked = ("train_file", "validation_file") if cfg.data.load_dataset else () # a function of the user's may name anything
-    for field in ("train_file", "validation_file", *(["score_file"] if cfg.data.score != "none" else [])):
+    for field in ("train_file", "validation_file", *(["score_file"] if cfg.data.score != "none" else []), "template"):
         value = getattr(cfg.data, field)
-        if value and field not in hooked: setattr(cfg.data, field, str(find_input(value, base, f"data.{field}")))
+        if value: setattr(cfg.data, field, find_data(value, base, field, hooked=bool(cfg.data.load_dataset)))
+    if cfg.model.start_adapter: cfg.model.start_adapter = str(find_input(cfg.model.start_adapter, base, "model.start_adapter"))
     if looks_like_path(cfg.model.base_model): cfg.model.base_model = str(find_input(cfg.model.base_model, base, "model.base_model"))
     if cfg.data.score != "none" and not cfg.data.score_file:
         raise UserError(f"{path}: data.score is {cfg.data.score}; data.score_file must name the rows to answer")
     return cfg
 
-# %% ../nbs/14_config.ipynb #14config061
+# %% ../nbs/14_config.ipynb #14config068
 def config_yaml(cfg:RunConfig, # complete settings
     )->str: # every setting, defaults included
     "The resolved settings as YAML."

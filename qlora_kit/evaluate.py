@@ -15,25 +15,25 @@ import torch
 from rich.table import Column, Table
 from rich.text import Text
 
-from .batches import count_targets
+from .batches import count_targets, target_weight
 from .data import UserError
 
 # %% ../nbs/13_evaluate.ipynb #13evaluate013
 @torch.no_grad()
 def evaluate_loss(
     forward:Callable, # batch -> summed loss of its targets; the caller puts the model into eval mode
-    batches:Iterable[dict], # padded batches, labels [B,T] with -100 where nothing is scored
+    batches:Iterable[dict], # padded or packed batches, labels [B,T] with -100 where nothing is scored
     total:Callable|None=None, # adds a number up over all ranks, as an engine's `total`; None with one process
-) -> tuple[float,int]: # mean loss per target in nats, number of targets
+) -> tuple[float,int]: # mean loss per target in nats, each with the weight of its row; number of targets
     "Loss summed over all batches, divided by all their targets. `UserError` if there are none."
-    loss, targets = 0.0, 0
+    loss, targets, weight = 0.0, 0, 0
     for batch in batches:
         loss += float(forward(batch))
-        targets += count_targets(batch)
-    if total is not None: loss, targets = float(total(loss)), int(total(targets))
+        targets, weight = targets + count_targets(batch), weight + target_weight(batch)
+    if total is not None: loss, targets, weight = float(total(loss)), int(total(targets)), total(weight)
     if targets == 0:
         raise UserError("validation: received no target token; at least one is needed: lengthen max_length, or give rows with an answer")
-    return loss/targets, targets
+    return loss/weight, targets
 
 # %% ../nbs/13_evaluate.ipynb #13evaluate019
 def perplexity(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qlora_kit import checkpoint
-from qlora_kit.checkpoint import State, check_names, check_resume, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step
+from qlora_kit.checkpoint import State, check_names, check_resume, checkpoint_info, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step, share_step
 from qlora_kit.data import UserError
 
 
@@ -136,3 +136,21 @@ def test_all_refused_settings_are_named_and_nothing_else():
     first = str(e.value).splitlines()[0]
     assert "model.lora_r" in first and "training.seed" in first and "save_steps" not in first
     assert check_resume(BASE, BASE) == []
+
+
+def test_a_step_is_shared_by_any_number_of_ranks_or_refused():
+    for size in range(1, 65):
+        for ranks in range(1, 17):
+            for batch_size in (1, 3, 8):
+                if size % ranks:
+                    with pytest.raises(UserError, match=rf"{size} rows.*{ranks} ranks"): share_step(size, ranks, batch_size)
+                    continue
+                B, k = share_step(size, ranks, batch_size)
+                assert B*k*ranks == size and B <= batch_size
+                if size//ranks % batch_size == 0: assert B == batch_size, "the micro-batch changes only where it must"
+
+
+def test_info_is_read_without_tensors(tmp_path):
+    path = save_checkpoint(tmp_path, State(3, {"param/w":torch.ones(2)}, dict(size=4, best=float("inf"))))
+    for file in path.glob("*.safetensors"): file.unlink()
+    assert checkpoint_info(path) == dict(size=4, best=float("inf"))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -122,6 +123,141 @@ def test_the_shipped_files_pass_the_checks(tmp_path, monkeypatch):
 
 
 def test_help_has_an_example_for_every_command(capsys):
-    for command in ("new", "inspect", "train", "generate"):
+    for command in ("new", "inspect", "train", "launch", "generate"):
         assert run_app([command, "--help"]) == 0
         assert "Example: qlora-kit" in capsys.readouterr().out
+
+
+LAUNCHER = """
+import os, subprocess, sys
+from pathlib import Path
+ranks = [subprocess.Popen([sys.executable, "-c", os.environ["RANKS"]], env={**os.environ, "RANK": str(r)}, start_new_session=bool(r)) for r in range(2)]
+sys.exit(max(abs(p.wait()) for p in ranks) and 1)
+"""
+RANKS = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+helper = subprocess.Popen(["sleep", "600"]) # what a rank starts is no rank
+told, rank = Path(os.environ["QLORA_KIT_TELL"]), os.environ["RANK"]
+def note(number, frame):
+    helper.kill(); helper.wait()
+    if rank == "0": (told/"exit").write_text(str(128+number))
+    sys.exit(128+number)
+for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, note)
+(told/f"up-{rank}").touch()
+while True: time.sleep(1)
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path):
+    """A launcher with two ranks in sessions of their own, without a model."""
+    from qlora_kit.launch import Launched, family, launch_environment
+
+    def start(ranks=RANKS):
+        process = subprocess.Popen([sys.executable, "-c", LAUNCHER], env={**launch_environment(2, tmp_path), "RANKS": ranks}, start_new_session=True)
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.glob("up-*"))) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return Launched(["pretend"], 2, tmp_path, process)
+
+    yield start
+    for p in family(tmp_path):
+        p.kill()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_goes_to_every_rank_and_the_code_comes_back(pretend, tmp_path, number, code):
+    from qlora_kit.launch import family, ranks_of
+
+    run = pretend()
+    assert len(family(tmp_path)) == 5 and sorted(ranks_of(family(tmp_path))) == [0, 1]
+    assert run.wait([number]) == code and family(tmp_path) == []
+
+
+def test_ranks_that_outlive_one_of_them_are_killed(pretend, tmp_path):
+    from qlora_kit.launch import family, ranks_of
+
+    run = pretend()
+    threading.Timer(1.5, ranks_of(family(tmp_path))[1].kill).start()
+    assert run.wait(grace=1) == 1 and family(tmp_path) == []
+
+
+def test_asked_again_everything_is_killed(pretend, tmp_path):
+    from qlora_kit.launch import family
+
+    run = pretend(RANKS.replace("signal.signal(s, note)", "signal.signal(s, lambda *_: None)"))
+    run.pass_on(signal.SIGTERM)
+    assert len(family(tmp_path)) == 5
+    run.asked[0] = (signal.SIGTERM, time.monotonic() - 3)
+    assert run.wait([signal.SIGTERM]) == 143 and family(tmp_path) == []
+
+
+def test_one_process_is_launched_told_to_stop_and_answers_with_its_code(project, monkeypatch):
+    """Not waited for, printing into a file, as a notebook does it; the run folder is known as soon as it is chosen."""
+    from qlora_kit.launch import family, launch
+
+    monkeypatch.chdir(project)
+    run = launch("configs/train_config.yaml", 1, ["training.output_dir=runs/launched", "training.max_steps=null", "training.num_epochs=500", "data.score=none"], output=True)
+    deadline = time.monotonic() + 300
+    while not (run.run and (run.run / "metrics.jsonl").exists() and read_metrics(run.run)):
+        assert time.monotonic() < deadline and run.process.poll() is None, run.word("output")
+        time.sleep(0.1)
+    assert run.run == project / "runs/launched"
+    assert run.wait([signal.SIGINT]) == 130, run.word("output")
+    assert "SIGINT" in run.word("output") and json.loads((run.run / "state.json").read_text())["state"] == "stopped" and family(run.told) == []
+
+
+def test_the_commands_that_launch_writes(monkeypatch, tmp_path):
+    from qlora_kit.data import UserError
+    from qlora_kit.launch import launch_command, read_hosts
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launch_command("c.yaml", 1, ["a.b=1"]) == ["qlora-kit", "train", "c.yaml", "a.b=1"]
+    assert "--num_gpus=4" in launch_command("c.yaml", 4) and "--module" in launch_command("c.yaml", 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    assert "--include=localhost:2,5" in launch_command("c.yaml", 2) and "--num_gpus=4" in launch_command("c.yaml", 4)
+    file = tmp_path / "hosts"
+    file.write_text("# two\na slots=2\n\nb slots=4 # larger\n")
+    hosts = read_hosts(file)
+    assert hosts == [("a", 2), ("b", 4)]
+    assert {f"--hostfile={file}", "--num_gpus=2", "--master_addr=a"} <= set(launch_command("c.yaml", 2, hosts=hosts, hostfile=file))
+    assert {"--no_ssh", "--node_rank=1"} <= set(launch_command("c.yaml", 2, hosts=hosts, hostfile=file, node_rank=1))
+    assert {"--nnodes=2", "--node_rank=1", "--master_addr=a"} <= set(launch_command("c.yaml", 2, hosts=hosts, node_rank=1, torchrun=True))
+    for text, expected in (("a slots=x", "hosts:1"), ("", "no host")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=expected):
+            read_hosts(file)
+
+
+def test_threads_are_shared_unless_they_are_set(monkeypatch, tmp_path):
+    from qlora_kit.launch import launch_environment
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    cores = len(os.sched_getaffinity(0))
+    assert launch_environment(2, tmp_path)["OMP_NUM_THREADS"] == str(max(1, cores // 2)) and launch_environment(1000, tmp_path)["OMP_NUM_THREADS"] == "1"
+    assert "OMP_NUM_THREADS" not in launch_environment(1, tmp_path) and "RANK" not in launch_environment(2, tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert launch_environment(2, tmp_path)["OMP_NUM_THREADS"] == "7"
+
+
+def test_launch_checks_the_config_before_it_starts_anything(project, monkeypatch, capsys):
+    from qlora_kit import launch as module
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(module, "Popen", lambda *a, **k: pytest.fail("started"))
+    assert run_app(["launch", "configs/train_config.yaml", "--ranks", "2", "training.batch_size=many"]) == 2
+    assert run_app(["launch", "configs/train_config.yaml", "--hostfile", "nowhere"]) == 2
+    err = capsys.readouterr().err
+    assert "batch_size" in err and "nowhere" in err and "Traceback" not in err
+
+
+def test_a_stop_outside_the_loop_is_a_code_and_a_line(project, monkeypatch, capsys):
+    from qlora_kit import train as module
+
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(module, "make_engine", lambda *a: signal.raise_signal(signal.SIGTERM))
+    assert run_app(["train", "configs/train_config.yaml", "data.score=none", "training.output_dir=runs/none"]) == 143
+    assert capsys.readouterr().err.strip().endswith("stopped by SIGTERM")

@@ -129,11 +129,49 @@ def edit(source, target, tensors=lambda t: t, **config):
     (lambda t: t | {"model.extra.weight": torch.ones(2)}, {}, r"unexpected: model\.extra\.weight"),
     (lambda t: t, {"intermediate_size": 128}, r"has shape \[144, 64\], config.json asks for \[128, 64\]"),
     (lambda t: t, {"tie_word_embeddings": True}, r"different values; set tie_word_embeddings to false"),
-    (lambda t: t, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "already quantized"),
+    (lambda t: t, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, r"already quantized \(bitsandbytes\)"),
+    (lambda t: t, {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                           "bnb_4bit_use_double_quant": True}}, r"missing: model\.layers\.0\.self_attn\.q_proj\.weight\.absmax"),
     (lambda t: t, {"model_type": "nonesuch"}, "cannot build a model"),
     (lambda t: t, {"model_type": "t5"}, "not a causal language model")])
 def test_checkpoints_that_do_not_fit(folders, tmp_path, tensors, config, says):
     with pytest.raises(UserError, match=says): load_model(edit(folders["llama"], tmp_path/"bad", tensors, **config))
+
+
+@pytest.mark.parametrize("name,args", [("llama", {}), ("llama", {"quant_storage": "float32", "double_quant": False, "quant_type": "fp4"}),
+                                       ("tied", {"quant_storage": "bfloat16", "dtype": torch.bfloat16}), ("gpt2", {"dtype": torch.float16})])
+def test_a_checkpoint_that_was_saved_quantized(folders, tmp_path, name, args, monkeypatch):
+    monkeypatch.setattr(loader, "run_length", lambda device: 1000)
+    theirs(folders[name], **args).save_pretrained(tmp_path/"packed")
+    reference, ours = theirs(tmp_path/"packed", **args), load_model(tmp_path/"packed", **args)
+    assert contents(ours) == contents(reference)
+    assert packed_hash(ours) == packed_hash(load_model(folders[name], **args))
+    assert packed_hash(load_model(tmp_path/"packed", **args | {"quant_storage": "uint8"})) == packed_hash(ours)
+    with torch.no_grad(): assert torch.equal(ours(torch.arange(8)[None]).logits, reference(torch.arange(8)[None]).logits)
+
+
+@pytest.mark.parametrize("args,says", [({"quant_type": "fp4"}, "received fp4, the checkpoint's weights are quantized with nf4"),
+                                       ({"quant_type": "none"}, "received none"), ({"double_quant": False}, "set double_quant to True")])
+def test_what_a_quantized_checkpoint_has_settled(folders, tmp_path, args, says):
+    theirs(folders["llama"]).save_pretrained(tmp_path/"packed")
+    with pytest.raises(UserError, match=says): load_model(tmp_path/"packed", **args)
+
+
+@pytest.mark.parametrize("change", [lambda t: {k: v[:-1] if k.endswith("1.mlp.up_proj.weight") else v for k, v in t.items()},
+                                    lambda t: {k: v for k, v in t.items() if not k.endswith("1.mlp.up_proj.weight.quant_map")}])
+def test_packed_matrices_that_do_not_fit(folders, tmp_path, change):
+    theirs(folders["llama"]).save_pretrained(tmp_path/"packed")
+    with pytest.raises(UserError, match=r"1\.mlp\.up_proj\.weight"): load_model(edit(tmp_path/"packed", tmp_path/"bad", change))
+
+
+@pytest.mark.parametrize("a,b", [(0, 210), (0, 0), (7, 7), (3, 5), (5, 7), (6, 8), (1, 209), (100, 106), (70, 140)])
+def test_any_stretch_of_any_tensor(tmp_path, a, b):
+    for shape in [(210,), (30, 7), (5, 6, 7), (210, 1)]:
+        x = torch.randn(shape)
+        save_file({"x": x}, tmp_path/"model.safetensors")
+        tensors = loader.Tensors(tmp_path)
+        assert torch.equal(loader.read_flat(tensors["x"], a, b), x.flatten()[a:b]) and tensors.bytes == 4*(b - a)
+    assert torch.equal(loader.read_turned(tensors["x"], a, b), x.T.flatten()[a:b])
 
 
 def test_computed_buffers_and_a_bare_decoder_are_accepted(folders, tmp_path):
@@ -166,7 +204,7 @@ def test_matrices_of_odd_size(tmp_path):
 
 def test_storage_that_cannot_hold_the_bytes():
     like = loader.Params4bit(torch.empty(3, 6, device="meta"), quant_storage=torch.float32)
-    with pytest.raises(UserError, match="use quant_storage uint8"): loader.pack_rows(lambda a, b: torch.ones(b - a, 6), like, "cpu")
+    with pytest.raises(UserError, match="use quant_storage uint8"): loader.pack(lambda a, b: torch.ones(b - a), like, "cpu")
 
 
 def test_hash_sees_one_flipped_bit_and_no_adapter(folders):

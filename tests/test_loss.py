@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from qlora_kit.batches import Weighted, pack, pad, target_weight
 from qlora_kit.data import UserError
-from qlora_kit.loss import LossModel, target_loss
+from qlora_kit.loss import LossModel, add_noise, row_lengths, target_loss
 
 
 def llama(V=128):
@@ -92,11 +93,91 @@ def test_loss_in_bf16_is_summed_in_fp32():
     assert loss.dtype == torch.float32 and n == 8 * 399
 
 
+def rows(weights=(1, 1, 1, 1, 1), seed=2):
+    g = torch.Generator().manual_seed(seed)
+    return [Weighted(torch.randint(1, 128, (T,), generator=g).tolist(), [t >= T//2 for t in range(T)], weight=w) for T,w in zip((9, 4, 17, 6, 12), weights)]
+
+
+@pytest.mark.parametrize("cut", ["padded", "packed", "one by one"])
+def test_weights_are_the_formula_by_hand_in_fp64(cut):
+    weighted = rows((1, 0.5, 3, 0.25, 2))
+    model = llama().double()
+    numerator = denominator = 0.0
+    for e in weighted:  # from the logits of each row alone
+        logp = model(torch.tensor([e.ids])).logits[0].log_softmax(-1)
+        for t in range(1, len(e.ids)):
+            if e.targets[t]: numerator, denominator = numerator - e.weight*logp[t-1, e.ids[t]].item(), denominator + e.weight
+    parts = {"padded": [pad(weighted, 0)], "packed": [pack([weighted[:2], weighted[2:]], 0)], "one by one": [pad([e], 0) for e in weighted]}[cut]
+    total = sum(LossModel(model, chunk=5)(**b).item() for b in parts)/sum(map(target_weight, parts))
+    assert total == pytest.approx(numerator/denominator, rel=1e-12)
+    assert total != pytest.approx(sum(LossModel(model)(**pad([e], 0)).item() for e in rows())/25, rel=1e-3)  # they matter
+
+
+def test_each_label_brings_its_own_weight():
+    model, batch = llama().double(), padded_batch()
+    weights = torch.rand(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits, labels = model(batch["input_ids"], batch["attention_mask"]).logits, batch["labels"]
+    by_hand = sum(-weights[b, t]*logits[b, t-1].log_softmax(-1)[labels[b, t]] for b in range(6) for t in range(1, 20) if labels[b, t] != -100)
+    assert LossModel(model, chunk=7)(**batch, weights=weights).item() == pytest.approx(by_hand.item(), rel=1e-12)
+
+
+def test_equal_weights_change_no_bit_and_doubled_ones_nothing():
+    model, plain = llama(), rows()
+    batch = pad(plain, 0)
+    assert "weights" not in batch and target_weight(batch) == 25
+    ones = LossModel(model)(**batch, weights=torch.ones(5, 17)).item()
+    assert ones == pytest.approx(LossModel(model)(**batch).item(), rel=1e-6)
+    twice = pad(rows((2,)*5), 0)
+    assert LossModel(model)(**twice).item()/target_weight(twice) == pytest.approx(ones/25, rel=1e-6)
+
+
+@pytest.mark.parametrize("how", ["padded", "packed"])
+def test_noise_is_uniform_and_as_large_as_the_rows_own_length_says(how):
+    """2000 draws; the bound alpha/sqrt(L·D), variance bound²/3, neither correlated between tokens nor off centre, each within five standard errors."""
+    plain, D, alpha = rows(), 32, 7.0
+    batch = pad(plain, 0) if how == "padded" else pack([plain], 0)
+    lengths = row_lengths(batch["input_ids"], batch.get("attention_mask"), batch.get("documents"))
+    torch.manual_seed(0)
+    draws = torch.stack([add_noise(torch.zeros(*lengths.shape, D), lengths, alpha) for _ in range(2000)])
+    starts = [0, 9, 13, 30, 36]
+    for i,e in enumerate(plain):
+        L = len(e.ids)
+        mine = draws[:, i, :L] if how == "padded" else draws[:, 0, starts[i]:starts[i]+L]
+        bound, n = alpha/(L*D)**0.5, mine.numel()
+        assert 0.99*bound < mine.abs().max() <= bound*(1 + 1e-6)
+        assert abs(mine.mean()) < 5*bound/(3*n)**0.5 and mine.var().item() == pytest.approx(bound**2/3, rel=5*(0.8/n)**0.5)
+        assert abs((mine[:, 0]*mine[:, 1]).mean()) < 5*bound**2/3/(2000*D)**0.5
+
+
+def test_noise_of_one_row_is_transformers_hook():
+    from transformers.integrations import neftune_post_forward_hook
+    embedding, x = nn.Embedding(10, 16), torch.randn(1, 12, 16)
+    embedding.neftune_noise_alpha = 5.0
+    torch.manual_seed(3); theirs = neftune_post_forward_hook(embedding, None, x)
+    torch.manual_seed(3); ours = add_noise(x, torch.full((1, 12), 12), 5.0)
+    assert (ours - theirs).abs().max() < 1e-6 and (ours - x).abs().max() > 0.1
+
+
+def test_noise_is_there_in_training_only_and_leaves_no_hook():
+    model, batch = llama(), pad(rows(), 0)
+    noisy, quiet = LossModel(model, neftune_alpha=5.0), LossModel(model)
+    def at(seed): torch.manual_seed(seed); return noisy(**batch).item()
+    noisy.train()
+    assert at(1) == at(1) != at(2)
+    assert not model.get_input_embeddings()._forward_hooks and quiet(**batch).item() != at(1)
+    noisy.eval()
+    assert at(1) == at(2) == quiet(**batch).item()
+    with pytest.raises(IndexError): noisy.train()(input_ids=torch.full((1, 2), 500), labels=torch.zeros(1, 2, dtype=torch.int64))
+    assert not model.get_input_embeddings()._forward_hooks
+
+
 RANKS = """
 import deepspeed, torch, torch.distributed as dist
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
+from qlora_kit.batches import Feed
 from qlora_kit.loss import LossModel
+from qlora_kit.tokens import Example
 torch.set_num_threads(1)
 deepspeed.init_distributed("gloo")
 def build():
@@ -119,6 +200,20 @@ for step, counts in enumerate([(60, 0), (3, 50), (40, 60)]):
     reference = sum(alone(**r) for r in rows)
     (reference / N).backward(); optimizer.step(); optimizer.zero_grad()
     assert abs(total - reference) <= 1e-5 * reference, (step, total, reference)
+rows = [Example(torch.randint(1, 128, (T,), generator=torch.Generator().manual_seed(T)).tolist(), [t >= T//2 for t in range(T)]) for T in range(3, 24)]
+feed, one = Feed(rows, 0, 1, 3, 2, capacity=32), Feed(rows, 0, 6, capacity=32)  # nine sequences: the second step is short, and a rank gets a filler
+for step in range(4):
+    N, rank = sum(sum(rows[r].targets) for s in feed.step(step) for r in s), dist.get_rank()
+    parts, total = list(feed.batches(step, rank)), torch.zeros(())
+    for i, part in enumerate(parts):
+        engine.set_gradient_accumulation_boundary(i == 2)
+        loss_sum = engine(**part)
+        engine.backward(loss_sum * dist.get_world_size() / N, scale_wrt_gas=False)
+        total += loss_sum.detach()
+    engine.step(); dist.all_reduce(total)
+    reference = sum(alone(**b) for b in one.batches(step))
+    (reference / N).backward(); optimizer.step(); optimizer.zero_grad()
+    assert abs(total - reference) <= 1e-5 * reference, ("packed", step, total, reference)
 print("ranks agree")
 """
 

@@ -1,17 +1,67 @@
-"""Every page runs top to bottom, as nbdev runs it; each page is one test."""
+"""Every page runs top to bottom, as nbdev runs it, and what it computes is what it shows; each page is one test.
+
+Stored outputs are what the docs show. Their numbers are compared with those of this run to 1e-5 of their size; cells that hold times, memory,
+versions or rounding errors carry `#| tags: [measured]` and are left out. A page without any compared number fails.
+"""
+import json
+import math
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.]*\w)")
+
+
+def numbers(cell):
+    """The numbers in the plain text of a code cell's outputs, in order."""
+    texts = ["".join(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in cell.get("outputs", [])]
+    texts = [re.sub(r"<[^>]*>|0x[0-9a-f]+|\x1b\[[\d;]*m", "", t) for t in texts]
+    return [float(n.replace("−", "-")) for t in texts for n in NUMBER.findall(t)]
+
+
+def differences(stored, ran):
+    """(cells whose numbers differ, how many numbers were compared); both are lists of cells of one page."""
+    wrong, compared, by_id = [], 0, {c["id"]: c for c in ran}
+    for cell in stored:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or "[measured]" in source or "#| eval: false" in source or re.search(r"^#\| (cuda|slow)", source, flags=re.M):
+            continue
+        a, b = numbers(cell), numbers(by_id[cell["id"]])
+        compared += len(a)
+        if len(a) != len(b) or not all(math.isclose(x, y, rel_tol=1e-5, abs_tol=1e-12) for x, y in zip(a, b)):
+            wrong.append(f"{cell['id']}: {source.strip().splitlines()[-1][:100]}\n   stored {a[:12]}\n   ran    {b[:12]}")
+    return wrong, compared
+
+
+@pytest.fixture
+def one_thread():
+    """The order of a sum, and with it the last digits, must not depend on the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_page(page):
+def test_page(page, monkeypatch, one_thread):
+    import nbdev.test
     from nbdev.config import get_config
-    from nbdev.test import test_nb
 
-    flags = get_config(ROOT).tst_flags
-    passed, _ = test_nb(page, skip_flags=flags.split() if isinstance(flags, str) else flags, basepath=ROOT)
+    ran, flags = [], get_config(ROOT).tst_flags
+    monkeypatch.setattr(nbdev.test, "write_nb", lambda nb, path: ran.extend(nb.cells))
+    passed, _ = nbdev.test.test_nb(page, skip_flags=flags.split() if isinstance(flags, str) else flags, basepath=ROOT, save=True)
     assert passed, f"{page.name} failed; the traceback is above"
+    wrong, compared = differences(json.loads(page.read_text(encoding="utf-8"))["cells"], ran)
+    assert not wrong, f"{page.name} shows other numbers than it computes; run it again and store its outputs, or tag the cell\n" + "\n".join(wrong)
+    assert compared, f"{page.name} shows no number that can be compared"
+
+
+def test_a_changed_number_is_found():
+    cell = lambda text, source="x": {"id": "a", "cell_type": "code", "source": source, "outputs": [{"data": {"text/plain": text}}]}
+    assert differences([cell("loss 2.50000")], [cell("loss 2.50001")]) == ([], 1)
+    assert differences([cell("loss 2.5000")], [cell("loss 2.5010")])[0] and differences([cell("1 2")], [cell("1")])[0]
+    assert differences([cell("1 s", "#| tags: [measured]\nx")], [cell("2 s")]) == ([], 0)

@@ -1,11 +1,13 @@
 "tokens: what no template, no script and no truncation may change about the targets."
+from pathlib import Path
+
 import pytest
 from rich.text import Text
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.data import Conversation, UserError
-from qlora_kit.tokens import encode, encode_all, ensure_template, prompt_ids, show_targets, target_text
+from qlora_kit.tokens import TEMPLATES, ExampleFile, encode, encode_all, encode_stream, encode_turns, ensure_template, prompt_ids, show_targets, target_text
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -85,7 +87,7 @@ def test_rows_cut_before_their_answer_are_named():
 def test_rewriting_template_is_reported_by_name():
     tok = tokenizer("{% for m in messages %}{{ m.content if loop.last else m.content.split('</think>')[-1] }}{{ eos_token }}{% endfor %}")
     tok.name_or_path = "org/forgetful"
-    with pytest.raises(UserError, match="tokenizer forgetful.*message 2 of 4"): encode(tok, talk("<think>x</think>y", "z"))
+    with pytest.raises(UserError, match="here: tokenizer forgetful.*message 2 of 4"): encode(tok, talk("<think>x</think>y", "z"), where="here")
 
 
 def test_views_show_every_character_once():
@@ -95,3 +97,175 @@ def test_views_show_every_character_once():
     assert Text.from_markup(target_text(tok, example)).plain == text
     html = show_targets(tok, example)
     assert "巴" in html and "👍" in html and "&lt;" in html and "</b" not in html and "\ufffd" not in html
+
+
+# ---- templates of known families: rendered text and targets, literally
+
+FILES = Path(__file__).parent/"data/templates"
+SPECIAL = {"qwen2_5": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "mistral_nemo": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
+           "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"]}
+SPECIAL |= {"qwen3": SPECIAL["qwen2_5"], "qwen2_5_training": SPECIAL["qwen2_5"], "chatml": SPECIAL["qwen2_5"]}
+BOS = {"mistral_nemo": "<s>", "llama3": "<|begin_of_text|>", "gemma": "<bos>"}
+EOS = {"mistral_nemo": "</s>", "llama3": "<|eot_id|>", "gemma": "</s>"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TWO = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris."},
+       {"role": "user", "content": "And Italy?"}, {"role": "assistant", "content": "Rome."}]
+
+
+def family(name):
+    "A byte-level tokenizer with the special tokens of a family, its template, and its BOS before every text."
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer, t.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    t.train_from_iterator([], trainers.BpeTrainer(vocab_size=256, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    t.add_special_tokens([AddedToken(x, special=True) for x in ("<s>", "</s>", *SPECIAL[name])])
+    bos = BOS.get(name)
+    if bos: t.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, t.token_to_id(bos))])
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, bos_token=bos, eos_token=EOS.get(name, "<|im_end|>"))
+    return ensure_template(tok, name if name in TEMPLATES else str(FILES/f"{name}.jinja"))
+
+
+RENDERED = {
+    "qwen2_5": "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>assistant\n«Paris.<|im_end|>»\n"
+               "<|im_start|>user\nAnd Italy?<|im_end|>\n<|im_start|>assistant\n«Rome.<|im_end|>»\n",
+    "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nCapital of France?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n«Paris.<|eot_id|>»<|start_header_id|>user<|end_header_id|>\n\nAnd Italy?<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n«Rome.<|eot_id|>»",
+    "gemma": "<bos><start_of_turn>user\nBe brief.\n\nCapital of France?<end_of_turn>\n<start_of_turn>model\n«Paris.<end_of_turn>»\n"
+             "<start_of_turn>user\nAnd Italy?<end_of_turn>\n<start_of_turn>model\n«Rome.<end_of_turn>»\n",
+}
+RENDERED["chatml"] = RENDERED["qwen2_5"]
+
+
+def marked(tok, example):
+    "The text of an example with its targets in « »."
+    text, previous = "", False
+    for i, t in [*zip(example.ids, example.targets), (None, False)]:
+        text += ("«" if t and not previous else "»" if previous and not t else "") + (tok.decode([i]) if i is not None else "")
+        previous = t
+    return text
+
+
+@pytest.mark.parametrize("name", RENDERED)
+def test_family_is_rendered_and_marked_to_the_letter(name):
+    tok = family(name)
+    assert marked(tok, encode(tok, [SYSTEM, *TWO])) == RENDERED[name]
+    last = RENDERED[name].rpartition("«")[0].replace("«", "").replace("»", "") + "«" + RENDERED[name].rpartition("«")[2]
+    assert marked(tok, encode(tok, [SYSTEM, *TWO], loss_on="completion")).rstrip("\n") == last.rstrip("\n")
+    everything = encode(tok, [SYSTEM, *TWO], loss_on="all")
+    assert everything.targets == [False] + [True]*(len(everything.ids) - 1)
+
+
+def test_mistral_moves_the_system_prompt_to_the_last_question():
+    tok = family("mistral_nemo")
+    assert marked(tok, encode(tok, TWO)) == "<s>[INST]Capital of France?[/INST]«Paris.</s>»[INST]And Italy?[/INST]«Rome.</s>»"
+    first, second = encode_turns(tok, Conversation([SYSTEM, *TWO], "f.json row 3"))
+    assert marked(tok, first) == "<s>[INST]Be brief.\n\nCapital of France?[/INST]«Paris.</s>»"
+    assert marked(tok, second) == "<s>[INST]Capital of France?[/INST]Paris.</s>[INST]Be brief.\n\nAnd Italy?[/INST]«Rome.</s>»"
+    assert first.where == second.where == "f.json row 3"
+    for messages, example in ((TWO[:1], first), (TWO[:3], second)):
+        prompt = prompt_ids(tok, [SYSTEM, *messages])
+        assert example.ids[:len(prompt)] == prompt and example.targets == [False]*len(prompt) + [True]*(len(example.ids) - len(prompt))
+
+
+def test_qwen3_keeps_every_thought_where_it_is_learned():
+    tok = family("qwen3")
+    thought = [TWO[0], {"role": "assistant", "content": "<think>Geography.</think>Paris."}, TWO[2], {"role": "assistant", "content": "Rome.", "reasoning_content": "Again."}]
+    first, second = encode_turns(tok, Conversation(thought, "f"))
+    assert marked(tok, first).rstrip() == ("<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>assistant\n"
+                                           "«<think>\nGeography.\n</think>\n\nParis.<|im_end|>»")
+    assert marked(tok, second) == ("<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>assistant\nParis.<|im_end|>\n"
+                                   "<|im_start|>user\nAnd Italy?<|im_end|>\n<|im_start|>assistant\n«<think>\nAgain.\n</think>\n\nRome.<|im_end|>»")
+    for k, example in ((1, first), (3, second)):
+        assert example.ids == tok.apply_chat_template(thought[:k+1])["input_ids"][:len(example.ids)]
+        prompt = prompt_ids(tok, thought[:k])
+        assert example.ids[:len(prompt)] == prompt and example.targets.index(True) == len(prompt)
+    assert len(encode_turns(tok, Conversation(thought[:2], "f"))) == 1
+
+
+SCHEMA = [{"type": "function", "function": {"name": "weather", "description": "Now", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+USED = [{"role": "user", "content": "Rain in Oslo?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]},
+        {"role": "tool", "tool_call_id": "call00001", "content": "sun"}, {"role": "assistant", "content": "No, sun."}]
+
+
+def test_tool_calls_are_learned_and_tool_answers_only_read():
+    qwen, mistral = family("qwen2_5"), family("mistral_nemo")
+    text = marked(qwen, encode(qwen, [SYSTEM, *USED], tools=SCHEMA))
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"' in text
+    assert text.endswith('<|im_start|>user\nRain in Oslo?<|im_end|>\n<|im_start|>assistant\n«<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>»\n'
+                         "<|im_start|>user\n<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\n«No, sun.<|im_end|>»\n")
+    assert marked(mistral, encode(mistral, USED)) == (
+        '<s>[INST]Rain in Oslo?[/INST]«[TOOL_CALLS][{"name": "weather", "arguments": {"city": "Oslo"}, "id": "call00001"}]</s>»'
+        '[TOOL_RESULTS]{"content": sun, "call_id": "call00001"}[/TOOL_RESULTS]«No, sun.</s>»')
+
+
+def test_qwen3_splits_a_tool_loop_that_it_renders_anew():
+    tok = family("qwen3")
+    call, answer = encode_turns(tok, Conversation(USED, "f", tools=SCHEMA))
+    assert marked(tok, call).rstrip().endswith('assistant\n«<think>\n\n</think>\n\n<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>»')
+    assert marked(tok, answer).endswith("<tool_response>\nsun\n</tool_response><|im_end|>\n<|im_start|>assistant\n«<think>\n\n</think>\n\nNo, sun.<|im_end|>»")
+
+
+@pytest.mark.parametrize("messages, tools", [(TWO, None), ([SYSTEM, *TWO], None), ([SYSTEM, *USED], SCHEMA), (talk(*ANSWERS[:4]), None)])
+def test_targets_are_transformers_own_assistant_mask(messages, tools):
+    "trl's template marks what the assistant says; transformers makes a mask of it. It counts the template's line breaks on both sides of an answer, we don't."
+    tok, marks = family("qwen2_5"), family("qwen2_5_training")
+    reference = marks.apply_chat_template(messages, tools=tools, return_assistant_tokens_mask=True, return_dict=True)
+    example, newline, end = encode(tok, messages, tools=tools), tok("\n")["input_ids"][0], tok.convert_tokens_to_ids("<|im_end|>")
+    ids, mask = reference["input_ids"], [bool(m) for m in reference["assistant_masks"]]
+    mask = [m and not (i == newline and (ids[k-1] == end or not mask[k-1])) for k, (m, i) in enumerate(zip(mask, ids))]
+    assert (example.ids, example.targets) == (reference["input_ids"], mask)
+
+
+@pytest.mark.parametrize("name, messages, told", [
+    ("gemma_refuses", [SYSTEM, *TWO], "roles system, user, assistant, user, assistant: System role not supported"),
+    ("mistral_nemo", [*TWO[:2], TWO[1]], "roles must alternate"),
+    ("mistral_nemo", [USED[0], USED[1] | {"content": "I look."}], "does not write all that message 2 of 2 says"),
+    ("chatml", USED, "refuses|does not write all that message 2 of 4 says"),
+    ("deaf", [*TWO, {"role": "tool", "content": "sun"}], "leaves out message 5 of 5"),
+    ("broken", TWO, "line 2 of its chat template is not valid Jinja")])
+def test_what_a_template_cannot_say_is_refused_with_the_row(name, messages, told):
+    tok = family("gemma" if name == "gemma_refuses" else name if name in SPECIAL else "chatml")
+    if name == "gemma_refuses": tok.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + tok.chat_template
+    if name == "deaf": tok.chat_template = CHATML.replace("for m in messages", "for m in messages if m.role != 'tool'")
+    if name == "broken": tok.chat_template = "\n{% for m in %}"
+    with pytest.raises(UserError, match=f"chat.json row 4: tokenizer .*({told})"): encode_all(tok, [Conversation(messages, "chat.json row 4")], 512)
+
+
+def test_named_template_wants_its_tokens_and_ends_where_it_says(tmp_path):
+    with pytest.raises(UserError, match="gemma writes the special tokens <end_of_turn>, <start_of_turn>"): ensure_template(tokenizer(CHATML), "gemma")
+    with pytest.raises(UserError, match="received 'no/such.jinja'.*allowed: headings, plain"): ensure_template(tokenizer(CHATML), "no/such.jinja")
+    assert tokenizer(CHATML).eos_token == "</s>" and ensure_template(tokenizer(OPEN), "chatml").eos_token == "<|im_end|>"
+    (tmp_path/"mine.jinja").write_text(LLAMA2, encoding="utf-8")
+    assert ensure_template(tokenizer(CHATML), str(tmp_path/"mine.jinja")).chat_template == LLAMA2
+    plain = ensure_template(tokenizer(bos=True), "plain")
+    assert marked(plain, encode(plain, [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "4"}])) == "<s>2+2=«4</s>»"
+
+
+def test_plain_text_is_divided_and_all_of_it_learned():
+    tok, text = tokenizer(bos=True), "Ein Satz. 一句话。" * 30
+    parts, = [encode_turns(tok, Conversation([{"role": "text", "content": text}], "a.txt paragraph 1"), 100)]
+    ids = [i for part in parts for i in part.ids]
+    assert ids == [*tok(text)["input_ids"], tok.eos_token_id] and ids[0] == tok.bos_token_id
+    assert all(len(p.ids) <= 100 and p.targets == [False] + [True]*(len(p.ids)-1) for p in parts) and len(parts) == -(-len(ids)//100)
+
+
+def test_examples_on_disk_are_the_examples_in_memory(tmp_path):
+    tok = tokenizer(CHATML)
+    rows = [Conversation(talk(*ANSWERS[i % 4:]), f"row {i}") for i in range(50)] + [Conversation([{"role": "user", "content": "w"*400}, TWO[1]], "long")]
+    kept, dropped = encode_all(tok, rows, 200, "completion")
+    stored, left = encode_stream(tok, iter(rows), 200, "completion", tmp_path)
+    assert list(stored) == kept and [stored[i] for i in range(len(stored))] == kept and left == dropped == [*dropped[:-1], "long"]
+    assert stored[-1] == kept[-1] and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(IndexError): stored[len(kept)]
+    del stored
+    assert not list(tmp_path.iterdir()) and len(ExampleFile([])) == 0
+    with pytest.raises(UserError, match="max_length: received 9"): encode_stream(tok, iter(rows), 9)
+
+
+def test_a_prompt_that_opens_answers_in_its_own_way_is_the_one_learned_from():
+    "The heading of the prompt, not that of the rendered answer, is what generation will see."
+    tok = tokenizer(CHATML.replace("<|im_start|>assistant\n{%", "<|im_start|>reply   \n{%"))
+    (one,) = encode_turns(tok, Conversation(TWO[:2], "f"))
+    assert marked(tok, one) == "<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>reply   \n«Paris.<|im_end|>»"
+    assert one.ids[:one.targets.index(True)] == prompt_ids(tok, TWO[:1])

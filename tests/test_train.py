@@ -1,6 +1,11 @@
 """The whole run on a tiny real checkpoint: resume, adapter, invariants, and the ways a run can end."""
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -227,3 +232,127 @@ def test_a_refused_start_leaves_no_folder(tiny_config):
     with pytest.raises(UserError, match="nothing"):
         run(path)
     assert not (path.parent / "runs/refused").exists()
+
+
+def test_a_step_is_kept_when_the_checkpoint_came_from_two_ranks(whole, tmp_path):
+    """The settings are those of two ranks with two rows each; alone it takes two micro-batches."""
+    from qlora_kit.checkpoint import checkpoint_info
+    from qlora_kit.train import keep_step
+
+    path, full = whole
+    checkpoint = checkpoints(full.run)[0]
+    size = checkpoint_info(checkpoint)["size"]
+    assert size == 4
+    for batch_size, accumulation, ranks, shares in ((2, 2, 1, (2, 2)), (2, 1, 1, (2, 2)), (2, 2, 2, (2, 1)), (2, 1, 4, (1, 1)), (4, 1, 2, (2, 1))):
+        cfg = load_config(path, [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"])
+        kept = keep_step(cfg, checkpoint, ranks)
+        assert (kept.training.batch_size, kept.training.gradient_accumulation_steps) == shares
+        assert cfg.training.batch_size == batch_size, "the caller's settings stay as they are"
+    with pytest.raises(UserError, match="4 rows.*3 ranks"):
+        keep_step(cfg, checkpoint, 3)
+    cut = tmp_path / "cut"
+    shutil.copytree(full.run, cut)
+    for later in checkpoints(cut)[:2]:
+        shutil.rmtree(later)
+    resumed = run(path, f"training.output_dir={cut}", "training.gradient_accumulation_steps=1", resume=cut)
+    assert losses(resumed) == losses(full)
+
+
+def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypatch):
+    from qlora_kit import train as module
+
+    path = tiny_config("row")
+    rows = json.loads((path.parent / "rows.json").read_text())
+    del rows[6]["output"]
+    (path.parent / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(module, "resolve_base", lambda *a: pytest.fail("the model was asked for first"))
+    with pytest.raises(UserError, match="row 7"):
+        run(path)
+
+
+def interrupted(number):
+    """Stands in for a part of the run in which the signal comes."""
+    def part(*args):
+        signal.raise_signal(number)
+        pytest.fail("went on after the signal")
+    return part
+
+
+@pytest.mark.parametrize("number, part", [(signal.SIGINT, "read_rows"), (signal.SIGTERM, "make_engine")])
+def test_a_signal_while_loading_ends_the_run_at_once(tiny_config, monkeypatch, number, part):
+    from qlora_kit import train as module
+
+    path, before = tiny_config("loading"), signal.getsignal(number)
+    monkeypatch.setattr(module, part, interrupted(number))
+    with pytest.raises(module.Stopped, match=number.name):
+        run(path)
+    assert json.loads((path.parent / "runs/loading/state.json").read_text())["state"] == "stopped"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_among_the_last_questions_leaves_adapter_and_summary(tiny_config, monkeypatch):
+    from qlora_kit import train as module
+
+    path = tiny_config("asked", training__max_steps=1)
+    answers = iter([lambda *a: 0.25, interrupted(signal.SIGINT)])
+    monkeypatch.setattr(module, "answer", lambda *a: next(answers)())
+    result = run(path)
+    assert result.status == "SIGINT" and (result.run / "adapter/adapter_model.safetensors").exists()
+    summary = json.loads((result.run / "summary.json").read_text())
+    assert summary["status"] == "SIGINT" and summary["steps"] == 1 and summary["score_before"] == 0.25 and summary["score_after"] is None
+    assert json.loads((result.run / "state.json").read_text())["state"] == "stopped"
+
+
+def test_the_first_error_of_several_ranks_stands(tmp_path):
+    """Rank 1 speaks, rank 0 finds a closed socket; and a rank that was killed is found by its process number."""
+    import socket
+
+    from qlora_kit.engine import Place
+    from qlora_kit.monitor import write_state
+    from qlora_kit.train import Stopped, end_badly, heartbeat
+
+    state = lambda: json.loads((tmp_path / "state.json").read_text())
+    (tmp_path / "logs").mkdir()
+    ended = lambda rank, e: end_badly(None, tmp_path, None, Place(rank, 2), e)
+    closed = RuntimeError("Connection closed by peer")
+    write_state(tmp_path, "running")
+    ended(1, ValueError("boom"))
+    heartbeat(type("J", (), {"run": tmp_path}), type("E", (), {"rank": 0}))
+    assert ended(0, closed).hushed and state()["state"] == "failed" and state()["error"] == "rank 1: ValueError: boom"
+    write_state(tmp_path, "running")
+    ended(1, Stopped("SIGTERM"))
+    assert isinstance(ended(0, closed), Stopped) and state()["state"] == "stopped"
+    write_state(tmp_path, "running")
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    for rank, pid in enumerate((os.getpid(), gone.pid)):
+        (tmp_path / f"logs/rank-{rank}.pid").write_text(f"{socket.gethostname()} {pid}")
+    e = ended(0, closed)
+    assert isinstance(e, RunFailed) and "rank 1 ended without a word" in state()["error"]
+
+
+def test_a_rank_notices_that_its_launcher_is_gone(tmp_path):
+    """Three generations, named as DeepSpeed names them: when the first is killed, the third gets SIGTERM."""
+    (tmp_path / "deepspeed/launcher").mkdir(parents=True)
+    for part in ("deepspeed", "deepspeed/launcher"):
+        (tmp_path / part / "__init__.py").touch()
+    (tmp_path / "deepspeed/launcher/launch.py").write_text("import subprocess, sys\nsubprocess.Popen([sys.executable, 'rank.py']).wait()")
+    (tmp_path / "rank.py").write_text("""
+import sys, time
+sys.path.remove(sys.path[0])
+from qlora_kit.train import Signals, launchers, watch_launcher
+watch_launcher(launchers(), every=0.1)
+with Signals() as signals:
+    signals.at_once = False
+    open("up", "w").close()
+    while not signals: time.sleep(0.05)
+open("noted", "w").write(signals[0])
+""")
+    command = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'deepspeed.launcher.launch']).wait()"], cwd=tmp_path)
+    for file, act in (("up", command.kill), ("noted", command.wait)):
+        deadline = time.monotonic() + 120
+        while not (tmp_path / file).exists() or file == "noted" and not (tmp_path / file).read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        act()
+    assert (tmp_path / "noted").read_text() == "SIGTERM"

@@ -1,8 +1,12 @@
 """Your own model. The config reaches `create_model` through `model.create_model: models.create_model`."""
-from qlora_kit.loader import load_model, resolve_base
 from peft import get_peft_model
 
+from qlora_kit.loader import load_model
 
-def create_model(base_model_name, lora_config):
-    """The base in NF4 with a LoRA update; change what you like and return a PEFT model."""
-    return get_peft_model(load_model(resolve_base(base_model_name)), lora_config)
+
+def create_model(base_model_name, lora_config, *, folder, quant_type, double_quant, quant_storage, dtype, device):
+    """The base in 4 bits with a LoRA update; change what you like and return a PEFT model.
+
+    `folder` holds what `base_model_name` stands for. The settings after the `*` come from the config; leave out those you don't need.
+    """
+    return get_peft_model(load_model(folder, quant_type, double_quant, quant_storage, dtype, device), lora_config)

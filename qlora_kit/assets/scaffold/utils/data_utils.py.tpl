@@ -3,14 +3,14 @@ from qlora_kit.data import Conversation, load_rows
 
 
 def load_custom_dataset(path):
-    """Rows with a question and an answer under names of your own become conversations."""
+    """Whatever `path` names, as conversations. Dicts with the columns of a known format will do as well, and so will a generator."""
     return [
         Conversation(
             messages=[
                 {"role": "user", "content": "\n\n".join(t for t in (row["instruction"], row.get("input")) if t)},
                 {"role": "assistant", "content": row["output"]},
             ],
-            where=f"{path} row {i}",
+            where=row["_where"],
         )
-        for i, row in enumerate(load_rows(path), 1)
+        for row in load_rows(path)
     ]
