@@ -248,11 +248,14 @@ def new_link(href, here, moved, modules):
         return f"{up}source/{found[1]}.html" + (f"#L-{found[2]}" if found[2] else "")
     if found := re.match(r"/(\w+)\.html(#.*)?$", href):
         return f"{up}{found[1]}.html{found[2] or ''}"
-    if re.match(r"[a-z]+:|#|//", href) or not href:
+    if re.match(r"[a-z]+:|//", href) or not href:
         return href
     path, mark, anchor = href.partition("#")
+    anchor = re.sub(r"[^\w.-]", "", anchor).lower()  # Jupyter's anchors are headings as written, the site's are their slugs
+    if not path:
+        return mark + anchor
     target = Path(os.path.normpath((Path(here).parent / path).as_posix())).as_posix()
-    if target == "README.zh.md":
+    if target in ("README.zh.md", "README.zh.html"):
         target = "zh.html"
     if target.endswith((".ipynb", ".md", ".qmd")):
         target = target.rpartition(".")[0] + ".html"
@@ -318,6 +321,8 @@ def mend(file, moved, modules):
         spot.replace_with(BeautifulSoup(roadmap(up), "html.parser"))
     if not here.startswith(("reference/", "CHANGELOG", "CONTRIBUTING", "zh")):
         link_terms(page, up, glossary())
+    for element in page.select('a[href*="#_"]'):
+        element.unwrap()  # nbdev links every name it knows, private ones too, which have no place on their page
     for element in page.select("a[href]"):
         element["href"] = new_link(element["href"], here, moved, modules)
     for script in page.select("script[src]"):
