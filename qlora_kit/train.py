@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'WORDS', 'lr_at', 'Plan', 'make_plan', 'Job', 'read_rows', 'row_reader', 'load_questions', 'load_examples',
-           'encode_rows', 'make_feed', 'build_model', 'compute_dtype', 'adapter_base', 'check_choices',
-           'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'fit', 'check_walls', 'evaluate_step',
-           'state_of', 'heartbeat', 'end_reason', 'requests', 'Stopped', 'Signals', 'launchers', 'intact',
-           'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run', 'environment', 'answer',
+           'encode_rows', 'make_feed', 'compute_dtype', 'adapter_base', 'users_model', 'kits_model', 'build_model',
+           'check_choices', 'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'fit', 'check_walls',
+           'evaluate_step', 'state_of', 'heartbeat', 'end_reason', 'requests', 'Stopped', 'Signals', 'launchers',
+           'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run', 'environment', 'answer',
            'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit', 'forecast', 'Result', 'train',
            'open_run', 'choose_run', 'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'limit_waiting', 'open_log',
            'smaller', 'TensorBoard', 'finish', 'ask_last', 'summarize', 'show_first_batch']
@@ -165,37 +165,6 @@ def make_feed(cfg:RunConfig, # the run
     return Feed(examples, pad_id, t.batch_size, t.gradient_accumulation_steps, ranks, t.seed, capacity, t.group_by_length, weights)
 
 # %% ../nbs/15_train.ipynb #15train027
-def build_model(cfg:RunConfig, # the run
-    folder:Path, # from `resolve_base`
-    device:str="cpu", # where it will live
-    base:Path=Path("."), # folder of the config file
-    zero:dict|None=None, # complete DeepSpeed config; at stage 3 each rank loads its share only
-    )->PeftModel: # quantized, frozen, with its trainable update
-    "Load, quantize, inject."
-    m, dtype = cfg.model, getattr(torch, compute_dtype(cfg.training.dtype, device))
-    if m.create_model:
-        lora = LoraConfig(r=m.lora_r, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout, target_modules=m.target_modules, task_type="CAUSAL_LM",
-                          rank_pattern=m.rank_pattern, alpha_pattern=m.alpha_pattern, init_lora_weights=STARTS[m.lora_init], **VARIANTS[m.lora_variant])
-        torch.manual_seed(cfg.training.seed)
-        model = call_with(load_hook(m.create_model, base, "model.create_model"), m.base_model, lora, folder=folder, device=device, dtype=dtype,
-                          quant_type=m.quant_type, double_quant=m.double_quant, quant_storage=m.quant_storage)
-        if not isinstance(model, PeftModel):
-            raise UserError(f"model.create_model: {m.create_model} returned a {type(model).__name__}; return the PEFT model that peft.get_peft_model makes")
-        model = model.to(device)
-        if cfg.training.recompute == "layer": recompute_layers(model)
-        fast_linears(model)
-        return model
-    spread = zero and zero["zero_optimization"]["stage"] == 3 and "dora" not in m.lora_variant and not m.start_adapter # those two want whole weights
-    if spread: model = load_sharded(folder, zero, m.quant_type, m.double_quant, m.quant_storage, dtype)
-    else: model = load_model(folder, m.quant_type, m.double_quant, m.quant_storage, dtype, device)
-    if cfg.training.recompute == "layer": recompute_layers(model)
-    if m.start_adapter: model = load_adapter(model, m.start_adapter, trainable=True)
-    else: model = add_lora(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.target_modules, cfg.training.seed,
-                           m.lora_variant, m.rank_pattern, m.alpha_pattern, m.lora_init)
-    if spread: cast_trained(model, dtype)
-    fast_linears(model)
-    return model
-
 def compute_dtype(dtype:str, # auto, float32, bfloat16 or float16
     device:str, # cpu or cuda:N
     )->str: # float32, bfloat16 or float16
@@ -212,6 +181,55 @@ def adapter_base(base_model:str, # as the config names it
     return str(folder) if local else base_model
 
 # %% ../nbs/15_train.ipynb #15train029
+def users_model(cfg:RunConfig, # `model.create_model` names the function
+    folder:Path, # from `resolve_base`
+    device:str, # where it will live
+    base:Path, # folder of the config file
+    )->PeftModel: # `UserError` if the function returns anything else
+    "Call the user's `create_model`."
+    m = cfg.model
+    lora = LoraConfig(r=m.lora_r, lora_alpha=m.lora_alpha, lora_dropout=m.lora_dropout, target_modules=m.target_modules, task_type="CAUSAL_LM",
+                      rank_pattern=m.rank_pattern, alpha_pattern=m.alpha_pattern, init_lora_weights=STARTS[m.lora_init], **VARIANTS[m.lora_variant])
+    torch.manual_seed(cfg.training.seed)
+    model = call_with(load_hook(m.create_model, base, "model.create_model"), m.base_model, lora, folder=folder, device=device,
+                      dtype=getattr(torch, compute_dtype(cfg.training.dtype, device)), quant_type=m.quant_type, double_quant=m.double_quant, quant_storage=m.quant_storage)
+    if not isinstance(model, PeftModel):
+        raise UserError(f"model.create_model: {m.create_model} returned a {type(model).__name__}; return the PEFT model that peft.get_peft_model makes")
+    return model.to(device)
+
+# %% ../nbs/15_train.ipynb #15train031
+def kits_model(cfg:RunConfig, # the run
+    folder:Path, # from `resolve_base`
+    device:str, # where it will live
+    zero:dict|None=None, # complete DeepSpeed config; at stage 3 each rank loads its share only
+    )->PeftModel: # quantized, frozen, with its trainable update
+    "Load, quantize, inject."
+    m, dtype = cfg.model, getattr(torch, compute_dtype(cfg.training.dtype, device))
+    spread = zero and zero["zero_optimization"]["stage"] == 3 and "dora" not in m.lora_variant and not m.start_adapter # those two want whole weights
+    if spread: model = load_sharded(folder, zero, m.quant_type, m.double_quant, m.quant_storage, dtype)
+    else: model = load_model(folder, m.quant_type, m.double_quant, m.quant_storage, dtype, device)
+    if cfg.training.recompute == "layer": recompute_layers(model)
+    if m.start_adapter: return load_adapter(model, m.start_adapter, trainable=True)
+    model = add_lora(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.target_modules, cfg.training.seed, m.lora_variant, m.rank_pattern, m.alpha_pattern, m.lora_init)
+    if spread: cast_trained(model, dtype)
+    return model
+
+# %% ../nbs/15_train.ipynb #15train033
+def build_model(cfg:RunConfig, # the run
+    folder:Path, # from `resolve_base`
+    device:str="cpu", # where it will live
+    base:Path=Path("."), # folder of the config file
+    zero:dict|None=None, # complete DeepSpeed config
+    )->PeftModel: # ready to be trained
+    "The user's model or the kit's, with fast linears."
+    if cfg.model.create_model:
+        model = users_model(cfg, folder, device, base)
+        if cfg.training.recompute == "layer": recompute_layers(model)
+    else: model = kits_model(cfg, folder, device, zero)
+    fast_linears(model)
+    return model
+
+# %% ../nbs/15_train.ipynb #15train035
 def check_choices(cfg:RunConfig, # the run
     device:str="cpu", # of this process
     several:bool=False, # DeepSpeed is asked for
@@ -227,7 +245,7 @@ def check_choices(cfg:RunConfig, # the run
     if several and (cfg.deepspeed.stage if stage == "auto" else stage) == 3 and "dora" in m.lora_variant:
         raise UserError(f"model.lora_variant is {m.lora_variant}; ZeRO stage 3 hands a weight to its layer's own forward pass only, and DoRA reads it outside: use lora or rslora, or a lower stage")
 
-# %% ../nbs/15_train.ipynb #15train032
+# %% ../nbs/15_train.ipynb #15train038
 def deepspeed_config(cfg:RunConfig, # the run
     place:Place, # this process among the ranks
     hidden_size:int, # model width, for the bucket sizes
@@ -244,7 +262,7 @@ def deepspeed_config(cfg:RunConfig, # the run
     check_storage(cfg.model.quant_storage, dtype, config["zero_optimization"].get("offload_param", {}).get("device", "none"))
     return config
 
-# %% ../nbs/15_train.ipynb #15train034
+# %% ../nbs/15_train.ipynb #15train040
 def make_engine(job:Job, # the run
     deepspeed:str|None=None, # path of a DeepSpeed file
     ): # LocalEngine or DeepSpeedEngine
@@ -257,7 +275,7 @@ def make_engine(job:Job, # the run
     if job.place.rank == 0: (job.run/"deepspeed.json").write_text(json.dumps(config, indent=2))
     return DeepSpeedEngine(module, optimizer, config, job.place)
 
-# %% ../nbs/15_train.ipynb #15train036
+# %% ../nbs/15_train.ipynb #15train042
 @dataclass
 class Progress:
     "Where a run stands between two steps; all of it is JSON."
@@ -270,7 +288,7 @@ class Progress:
 class RunFailed(RuntimeError):
     "The run cannot go on; its last checkpoint is valid. The message is for the person, in one line."
 
-# %% ../nbs/15_train.ipynb #15train037
+# %% ../nbs/15_train.ipynb #15train043
 def fit(job:Job, # what to train on
     engine, # `forward`, `backward`, `step`, `total`
     monitor, # `log`
@@ -307,7 +325,7 @@ def fit(job:Job, # what to train on
         if (step+1) % t.logging_steps == 0: clock, seen, rows_seen = time.monotonic(), 0, 0
     return "done"
 
-# %% ../nbs/15_train.ipynb #15train039
+# %% ../nbs/15_train.ipynb #15train045
 def check_walls(job:Job, engine)->None:
     "A packed run begins only if its model keeps documents apart."
     if not job.feed.capacity: return
@@ -316,7 +334,7 @@ def check_walls(job:Job, engine)->None:
     try: check_packing(engine.forward, 1e-5 if compute_dtype(job.cfg.training.dtype, job.device) == "float32" else 1e-2)
     finally: engine.module.train(training)
 
-# %% ../nbs/15_train.ipynb #15train040
+# %% ../nbs/15_train.ipynb #15train046
 def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     "Loss on the validation examples; remembers the best."
     t, feed = job.cfg.training, job.feed
@@ -330,7 +348,7 @@ def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     else: progress.waiting += 1
     return {"val_loss": loss}
 
-# %% ../nbs/15_train.ipynb #15train042
+# %% ../nbs/15_train.ipynb #15train048
 def state_of(run:Path)->str: # one word, from state.json; "" without one
     "What the run says of itself."
     try: return json.loads((run/"state.json").read_text(encoding="utf-8"))["state"]
@@ -340,7 +358,7 @@ def heartbeat(job:Job, engine)->None:
     "Say that the run is alive, unless a rank has said otherwise."
     if engine.rank == 0 and state_of(job.run) == "running": write_state(job.run, "running")
 
-# %% ../nbs/15_train.ipynb #15train044
+# %% ../nbs/15_train.ipynb #15train050
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")
 
 def end_reason(job:Job, engine, progress:Progress, signals)->str|None: # one of REASONS; None: go on
@@ -357,7 +375,7 @@ def requests(job:Job, engine)->set: # names of files that lie in control/, the s
     if asked and engine.rank == 0: clear_requests(job.run, ["save"])
     return {"save"} if asked else set()
 
-# %% ../nbs/15_train.ipynb #15train046
+# %% ../nbs/15_train.ipynb #15train052
 class Stopped(BaseException):
     "The run was told to end where nothing is to be saved; the message is SIGINT or SIGTERM."
 
@@ -377,7 +395,7 @@ class Signals(list):
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_train.ipynb #15train048
+# %% ../nbs/15_train.ipynb #15train054
 def launchers()->list: # (child, parent) process numbers that must stay as they are; empty without a launcher
     "The line from this rank up to the command that started it."
     me, parent = os.getpid(), psutil.Process(os.getppid())
@@ -390,7 +408,7 @@ def intact(links:list)->bool: # from `launchers`
     try: return all(psutil.Process(child).ppid() == parent for child, parent in links)
     except psutil.NoSuchProcess: return False
 
-# %% ../nbs/15_train.ipynb #15train050
+# %% ../nbs/15_train.ipynb #15train056
 def watch_launcher(links:list, every:float=1.0)->None: # from `launchers`; seconds between two looks
     "End this process by SIGTERM, and so the run after its step, once a launcher is gone."
     def watch():
@@ -398,7 +416,7 @@ def watch_launcher(links:list, every:float=1.0)->None: # from `launchers`; secon
         os.kill(os.getpid(), signal.SIGTERM)
     if links: threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/15_train.ipynb #15train055
+# %% ../nbs/15_train.ipynb #15train061
 def save(job:Job, engine, progress:Progress)->None:
     "Write a checkpoint."
     tensors = engine.state()
@@ -414,7 +432,7 @@ def restore(job:Job, engine, checkpoint:Path)->Progress: # where the run stands
     engine.load(state.tensors, state.step)
     return Progress(**state.info["progress"])
 
-# %% ../nbs/15_train.ipynb #15train060
+# %% ../nbs/15_train.ipynb #15train066
 def make_job(cfg:RunConfig, # the run
     run:Path, # run folder
     place:Place=None, # this process among the ranks; None: alone
@@ -435,7 +453,7 @@ def make_job(cfg:RunConfig, # the run
     if feed.capacity and place.device != "cpu": attend_documents(model)
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, feed, val, make_plan(cfg.training, feed.sequences, place.ranks), notes, predicted)
 
-# %% ../nbs/15_train.ipynb #15train066
+# %% ../nbs/15_train.ipynb #15train072
 def new_run(cfg:RunConfig, # the run
     name:str, # stem of the config file
     )->Path: # a folder that did not exist before
@@ -454,7 +472,7 @@ def newest_run(cfg:RunConfig, name:str)->Path: # the run that `--resume` without
     if not found: raise UserError(f"--resume: no run with a checkpoint at {first}; start one without --resume, or name the run folder")
     return max(found, key=lambda p: p.stat().st_mtime).resolve()
 
-# %% ../nbs/15_train.ipynb #15train068
+# %% ../nbs/15_train.ipynb #15train074
 def environment(cfg:RunConfig, place:Place)->dict: # for environment.json
     "What one needs to know to repeat this run elsewhere."
     kit = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "qlora_kit")
@@ -468,7 +486,7 @@ def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/15_train.ipynb #15train070
+# %% ../nbs/15_train.ipynb #15train076
 def answer(job:Job, engine, which:str)->float|None: # which: before or after; the share of right answers, None if not asked for
     "Put the questions of `data.score_file`, write the answers to answers.json, return the score."
     d = job.cfg.data
@@ -485,7 +503,7 @@ def dequantized_if_local(job:Job, engine): # a context manager
     "Dense weights decode faster on a CPU, but sharded ones must stay packed."
     return dequantized(job.model) if engine.ranks == 1 and job.device == "cpu" and isinstance(engine, LocalEngine) else nullcontext(job.model)
 
-# %% ../nbs/15_train.ipynb #15train072
+# %% ../nbs/15_train.ipynb #15train078
 def _keep_answers(path, rows, references, which, answers):
     "One entry per question: prompt, reference, meta, and the answers so far."
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [
@@ -499,7 +517,7 @@ def _score_kept(path, which):
     kept = json.loads(path.read_text(encoding="utf-8"))
     return score_answers([e[which] for e in kept], [e["reference"] for e in kept]) if all(which in e for e in kept) else None
 
-# %% ../nbs/15_train.ipynb #15train074
+# %% ../nbs/15_train.ipynb #15train080
 def memory_setup(cfg:RunConfig, # the run
     model:str, # folder with config.json, or the name of a well-known shape
     device:str="cuda", ranks:int=1, # of the run
@@ -516,7 +534,7 @@ def memory_setup(cfg:RunConfig, # the run
                  quant_type=m.quant_type, double_quant=m.double_quant, optimizer=t.optimizer, dtype=compute_dtype(t.dtype, device.split(":")[0]),
                  device=device.split(":")[0], ranks=ranks, stage=stage, answers=cfg.data.score != "none" and not several, **away)
 
-# %% ../nbs/15_train.ipynb #15train076
+# %% ../nbs/15_train.ipynb #15train082
 WORDS = {"batch": "training.batch_size=", "accumulation": "training.gradient_accumulation_steps=", "length": "training.max_length=", "recompute": "training.recompute=",
          "stage": "deepspeed.stage=", "offload_param": "deepspeed.offload_param=", "offload_optimizer": "deepspeed.offload_optimizer=", "ranks": "--ranks "}
 
@@ -524,7 +542,7 @@ def as_words(change:dict)->str: # from `smallest_change`; for the command line
     "Settings of a `Setup` in the words of a config."
     return " ".join(f"{WORDS[name]}{'layer' if value is True else value}" for name, value in change.items())
 
-# %% ../nbs/15_train.ipynb #15train079
+# %% ../nbs/15_train.ipynb #15train085
 def memory_limit(place:Place)->int: # bytes for one rank
     "What there is."
     local = next((int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if k in os.environ), 1)
@@ -533,7 +551,7 @@ def memory_limit(place:Place)->int: # bytes for one rank
     if place.ranks > 1: torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
 
-# %% ../nbs/15_train.ipynb #15train081
+# %% ../nbs/15_train.ipynb #15train087
 def forecast(cfg:RunConfig, place:Place, deepspeed, force:bool, # start all the same
     say, log, folder:Path, length:int)->float|None: # GB at the peak, as `memory_gb` counts them
     "Say what a run will need; `UserError` with the smallest change if there is less."
@@ -550,7 +568,7 @@ def forecast(cfg:RunConfig, place:Place, deepspeed, force:bool, # start all the 
                         f"{'try ' + as_words(found[0]) if found else 'no single run of this model fits'}, or --force to start it all the same")
     return (memory_gb("cpu")[0] if kind == "cpu" else 0) + parts.peak/2**30
 
-# %% ../nbs/15_train.ipynb #15train083
+# %% ../nbs/15_train.ipynb #15train089
 @dataclass
 class Result:
     "How a run ended."
@@ -558,6 +576,7 @@ class Result:
     status: str # done, early_stop, stop, SIGINT or SIGTERM
     summary: dict
 
+# %% ../nbs/15_train.ipynb #15train091
 def train(cfg:RunConfig, # the run
     name:str="run", # names the run folder
     resume:str|bool=False, # True: the newest run of this name; or a run folder
@@ -586,7 +605,7 @@ def train(cfg:RunConfig, # the run
             log.exception("ended")
             raise end_badly(cfg, run, checkpoint, place, e, signals)
 
-# %% ../nbs/15_train.ipynb #15train085
+# %% ../nbs/15_train.ipynb #15train093
 def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
     "Choose folder and checkpoint on rank 0, and tell the others."
     choice = [None]
@@ -602,7 +621,7 @@ def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|Non
     if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): (told/"run").write_text(str(run))
     return run, checkpoint
 
-# %% ../nbs/15_train.ipynb #15train087
+# %% ../nbs/15_train.ipynb #15train095
 def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
     "A new folder, or one whose run can go on with these settings and ranks."
     if not resume: run, checkpoint = new_run(cfg, name), None
@@ -616,7 +635,7 @@ def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|Non
     write_state(run, "running")
     return run, checkpoint
 
-# %% ../nbs/15_train.ipynb #15train089
+# %% ../nbs/15_train.ipynb #15train097
 def keep_step(cfg:RunConfig, # settings now
     checkpoint:Path, # of the run that goes on
     ranks:int, # W now
@@ -630,7 +649,7 @@ def keep_step(cfg:RunConfig, # settings now
     cfg.training.batch_size, cfg.training.gradient_accumulation_steps = share_step(size, ranks, t.batch_size)
     return cfg
 
-# %% ../nbs/15_train.ipynb #15train091
+# %% ../nbs/15_train.ipynb #15train099
 def lost_ranks(run:Path)->list: # of this host
     "Ranks whose process is gone."
     def gone(pid):
@@ -639,7 +658,7 @@ def lost_ranks(run:Path)->list: # of this host
     said = {int(p.stem.split("-")[1]): p.read_text().split() for p in (run/"logs").glob("rank-*.pid")}
     return sorted(rank for rank, (host, pid) in said.items() if host == socket.gethostname() and gone(int(pid)))
 
-# %% ../nbs/15_train.ipynb #15train093
+# %% ../nbs/15_train.ipynb #15train101
 def end_badly(cfg:RunConfig, run:Path, checkpoint:Path|None, place:Place, e:BaseException, signals=())->BaseException: # for the caller to raise
     "Write down how the run ended, if this is the rank to do it."
     if place.rank: time.sleep(0.5)
@@ -658,7 +677,7 @@ def hushed(e:BaseException, yes:bool=True)->BaseException:
     e.hushed = yes
     return e
 
-# %% ../nbs/15_train.ipynb #15train095
+# %% ../nbs/15_train.ipynb #15train103
 def limit_waiting()->None:
     "Let every message between ranks fail after QLORA_KIT_TIMEOUT seconds, if that is set."
     seconds, distributed = os.environ.get("QLORA_KIT_TIMEOUT"), torch.distributed.distributed_c10d
@@ -667,7 +686,7 @@ def limit_waiting()->None:
     except ValueError: raise UserError(f"QLORA_KIT_TIMEOUT is {seconds!r}; give a number of seconds, e.g. 600") from None
     for group in list(distributed._world.pg_map): distributed._set_pg_timeout(limit, group)
 
-# %% ../nbs/15_train.ipynb #15train096
+# %% ../nbs/15_train.ipynb #15train104
 def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     "logs/rank-N.log; with `debug` every library may speak."
     (run/"logs").mkdir(exist_ok=True)
@@ -680,7 +699,7 @@ def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     return log
 
-# %% ../nbs/15_train.ipynb #15train098
+# %% ../nbs/15_train.ipynb #15train106
 def smaller(cfg:RunConfig)->str: # advice after running out of memory
     "The smallest change that takes less memory and trains the same."
     t = cfg.training
@@ -688,7 +707,7 @@ def smaller(cfg:RunConfig)->str: # advice after running out of memory
     if t.batch_size % 2 == 0: return f"try training.batch_size={t.batch_size//2} training.gradient_accumulation_steps={t.gradient_accumulation_steps*2}"
     return f"try training.max_length={t.max_length//2}"
 
-# %% ../nbs/15_train.ipynb #15train101
+# %% ../nbs/15_train.ipynb #15train109
 class TensorBoard:
     "A monitor that also writes every record as TensorBoard scalars, into the run folder."
     def __init__(self, monitor, run:Path):
@@ -701,7 +720,7 @@ class TensorBoard:
             if name != "step": self.writer.add_scalar(name, value, record["step"])
     def close(self): self.monitor.close(); self.writer.close()
 
-# %% ../nbs/15_train.ipynb #15train103
+# %% ../nbs/15_train.ipynb #15train111
 def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, log, signals):
     rank0, say = place.rank == 0, (lambda text: None) if quiet or place.rank else (lambda text: print(text, file=sys.stderr))
     if checkpoint: cfg = keep_step(cfg, checkpoint, place.ranks)
@@ -728,7 +747,7 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     finally: monitor.close()
     return finish(job, engine, progress, status, before, log, signals)
 
-# %% ../nbs/15_train.ipynb #15train105
+# %% ../nbs/15_train.ipynb #15train113
 def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=())->Result:
     "Adapter, summary, score."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
@@ -745,14 +764,14 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=
     log.info("ended: %s", result.summary)
     return result
 
-# %% ../nbs/15_train.ipynb #15train107
+# %% ../nbs/15_train.ipynb #15train115
 def ask_last(job:Job, engine, signals)->float|None: # the score after training
     "From here on a signal ends the run at once; one that came since the last step counts as well."
     if engine.total(len(signals)): raise Stopped(signals[-1] if signals else "SIGTERM")
     if isinstance(signals, Signals): signals.at_once = True
     return answer(job, engine, "after")
 
-# %% ../nbs/15_train.ipynb #15train109
+# %% ../nbs/15_train.ipynb #15train117
 def summarize(job:Job, engine, progress:Progress, status:str, before, after=None)->Result:
     "Write summary.json."
     records = read_metrics(job.run)
@@ -762,7 +781,7 @@ def summarize(job:Job, engine, progress:Progress, status:str, before, after=None
     if engine.rank == 0: (job.run/"summary.json").write_text(json.dumps(summary, indent=2))
     return Result(job.run, status, summary)
 
-# %% ../nbs/15_train.ipynb #15train111
+# %% ../nbs/15_train.ipynb #15train119
 def show_first_batch(job:Job)->None:
     "Print the first rows as the loss sees them."
     from rich import print as show
