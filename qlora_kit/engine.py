@@ -48,8 +48,9 @@ def make_optimizer(module:nn.Module, # as in `trainable`
     groups = [{"params": [p for n, p in named.items() if (dims(p) >= 2) == matrix and (n in fast) == quick],
                "weight_decay": weight_decay if matrix else 0.0, "ratio": loraplus_ratio if quick else 1.0}
               for matrix in (True, False) for quick in (False, True)]
-    make = optimizer_class(kind, next(iter(named.values())).device.type)
-    return make([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8)
+    device = next(iter(named.values())).device.type
+    one_kernel = {"fused": True} if kind == "adamw" and device == "cuda" else {}
+    return optimizer_class(kind, device)([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, **one_kernel)
 
 def dims(p)->int: # under ZeRO-3 a parameter's own shape is empty, and `ds_shape` has the real one
     "Number of dimensions of the whole parameter."
@@ -139,7 +140,7 @@ def load_local_state(self:LocalEngine, tensors:dict, step:int)->None: # step: op
             kept = {k: tensors[f"{k}/{names[p]}"] for k in KEPT if f"{k}/{names[p]}" in tensors}
             if isinstance(self.optimizer, torch.optim.AdamW):
                 moments = {k: t.to(p.device, torch.float32, copy=True) for k, t in kept.items()}
-                self.optimizer.state[p] = {"step": torch.tensor(float(step)), **moments}
+                self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device), **moments}
             else: fill_moments(self.optimizer, group, p, (i, j), kept, step)
 
 def fill_moments(optimizer, group:dict, p, place:tuple, kept:dict, step:int)->None: # place: of group, and of p in it
@@ -309,7 +310,7 @@ def empty_moments(ds, # a DeepSpeed engine
         with at_hand(ds, i):
             state = base_optimizer(ds).state[master]
             for kind in MOMENTS: state.setdefault(kind, torch.zeros_like(master))
-            state["step"] = torch.tensor(float(step))
+            state["step"] = torch.tensor(float(step), device=master.device)
 
 # %% ../nbs/09_engine.ipynb #09engine064
 def held(ds, # a DeepSpeed engine at stage 0, 1 or 2

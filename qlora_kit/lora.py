@@ -269,6 +269,7 @@ def recompute_layers(
     "Switch gradient checkpointing on: each decoder layer keeps its input and is computed again in the backward pass."
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
+    if not reentrant: model.disable_input_require_grads()
 
 # %% ../nbs/05_lora.ipynb #05lora107
 def _adapter_tensors(model, state, adapter):

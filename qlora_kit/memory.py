@@ -14,7 +14,7 @@ import json, math, re, tempfile, weakref
 from collections import Counter
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,8 @@ from .data import UserError
 from .linear import fast_linears
 from .loader import finish, quantization_config, read_config, run_length, scales, skeleton, stored
 from .lora import add_lora, check_targets, recompute_layers
-from .loss import call_once, split_model, sum_in_chunks
+from .loss import head_loss, split_model
+from .pointwise import fast_pointwise
 
 # %% ../nbs/07_memory.ipynb #07memory007
 def _llama(V, D, F, L, heads, kv_heads, tied=False, model_type="llama"):
@@ -273,6 +274,7 @@ def short_model(m:Setup # only what concerns the model may differ from the defau
     model = add_lora(model, m.r, 32, m.dropout, targets, 0, m.variant, dict(m.rank_pattern)).train()
     if m.fast:
         with Ledger([]), fused("cpu"): fast_linears(model)
+        fast_pointwise(model)
     known = [*model.parameters(), *model.buffers()]
     for name, module in model.named_modules():
         if state := getattr(module, "quant_state", None):
@@ -297,7 +299,7 @@ def measure_loss(model, hidden:torch.Tensor, ledger:Ledger)->tuple[int, torch.Te
     _, head, softcap = split_model(model)
     end = hidden.detach().requires_grad_()
     labels = torch.zeros(hidden.shape[0]*hidden.shape[1], dtype=torch.int64, device="meta")
-    call_once(head, partial(sum_in_chunks, softcap=softcap), end.flatten(0, 1)[labels], labels).backward()
+    head_loss(head, end.flatten(0, 1)[labels], labels, softcap=softcap).backward()
     return ledger.peak - start, end.grad
 
 # %% ../nbs/07_memory.ipynb #07memory042
@@ -492,7 +494,7 @@ def traffic(setup:Setup)->dict: # name → bytes
     gradients = part*n*(s.accumulation if s.stage >= 2 else 1)
     if s.stage < 3: return {"gradients": int(gradients), "updated adapter": int(part*n)}
     each = part*s.accumulation
-    return {"linear layers": int(2*each*(sum(a.packed) + sum(a.other))), "embedding and head": int(3*each*max(a.wide)),
+    return {"linear layers": int(2*each*(sum(a.packed) + sum(a.other))), "embedding and head": int(2*each*max(a.wide)),
             "adapter": int(2*each*n), "gradients": int(gradients)}
 
 # %% ../nbs/07_memory.ipynb #07memory089

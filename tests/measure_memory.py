@@ -66,6 +66,7 @@ def train(setup, watch):
     from qlora_kit.lora import add_lora, recompute_layers
     from qlora_kit.loss import LossModel
     from qlora_kit.memory import shape_text, stand_in
+    from qlora_kit.pointwise import fast_pointwise
 
     model = stand_in(shape_text(setup.base_model), setup.quant_type, setup.double_quant, getattr(torch, setup.dtype), setup.device)
     if setup.recompute:
@@ -73,6 +74,7 @@ def train(setup, watch):
     model = add_lora(model, setup.r, 32, setup.dropout, seed=0)
     if setup.fast:
         fast_linears(model)
+        fast_pointwise(model)
     module = LossModel(model).to(setup.device)
     engine = LocalEngine(module, make_optimizer(module), 1.0, setup.device)
     engine.module.train()

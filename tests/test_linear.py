@@ -83,7 +83,7 @@ def calls(model):
     """Sizes of the groups that a step computes in one call each."""
     sizes, apply = [], FourBitLinears.apply
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(FourBitLinears, "apply", lambda x, parts, *AB: sizes.append(len(parts)) or apply(x, parts, *AB))
+        m.setattr(FourBitLinears, "apply", lambda x, recipe, parts, *AB: sizes.append(len(parts)) or apply(x, recipe, parts, *AB))
         step(model)
     return sizes
 
@@ -144,7 +144,7 @@ def test_no_copy_of_an_input_is_kept(folders):
     fast_linears(model)
     mlp, x, saved = model.base_model.model.model.layers[0].mlp, torch.randn(256, 64, dtype=torch.bfloat16, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = FourBitLinears.apply(x, *_group(mlp.gate_proj, mlp.up_proj))
+        y = FourBitLinears.apply(x, None, *_group(mlp.gate_proj, mlp.up_proj))
     assert {t.untyped_storage().data_ptr() for t in saved if t.shape[0] == 256} == {x.untyped_storage().data_ptr()}
     assert all(t.dtype != torch.uint8 and t.numel() < 4096 for t in saved if t is not x and t.shape[0] != 256) and len(y) == 2
 
@@ -210,7 +210,7 @@ def test_layers_of_a_group_against_fp64(folders, dropout):
     leaves = [t.clone().requires_grad_() for t in (X, *A, *B)]
     torch.manual_seed(0)
     parts = [Part(layer, r, scale, dropout) for layer, r, scale in zip(layers, (4, 6), s)]
-    Y = FourBitLinears.apply(leaves[0], parts, *leaves[1:])
+    Y = FourBitLinears.apply(leaves[0], None, parts, *leaves[1:])
     torch.autograd.backward(Y, G)
     torch.manual_seed(0)
     masks = [torch.nn.functional.dropout(torch.ones_like(X), dropout) for _ in layers]

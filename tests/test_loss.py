@@ -1,4 +1,5 @@
-"loss: additive over micro-batches, equal to transformers' own, one call of the head whatever the targets."
+"loss: additive over micro-batches, equal to transformers' own, one call of the head whatever the targets; a frozen head gives its gradient in the forward pass."
+import math
 import os
 import subprocess
 import sys
@@ -6,11 +7,14 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from qlora_kit.batches import Weighted, pack, pad, target_weight
 from qlora_kit.data import UserError
-from qlora_kit.loss import LossModel, add_noise, row_lengths, target_loss
+from qlora_kit import loss as module
+from qlora_kit.loss import LossModel, add_noise, head_loss, row_lengths, softmax_, sum_in_chunks, target_loss
 
 
 def llama(V=128):
@@ -80,6 +84,152 @@ def test_logits_live_in_chunks_only():
         return h @ torch.ones(8, 50)
     target_loss(torch.randn(4, 30, 8), torch.ones(4, 30, dtype=torch.int64), head, chunk=10)
     assert largest == 10
+
+
+def frozen(V=50, D=8, bias=False, dtype=torch.float64, device="cpu"):
+    torch.manual_seed(0)
+    return nn.Linear(D, V, bias=bias, device=device, dtype=dtype).requires_grad_(False)
+
+
+def targets(N=23, V=50, D=8, dtype=torch.float64, device="cpu"):
+    g = torch.Generator().manual_seed(N)
+    hidden, ids, weights = torch.randn(N, D, generator=g), torch.randint(V, (N,), generator=g), torch.rand(N, generator=g)
+    return hidden.to(device, dtype).requires_grad_(), ids.to(device), weights.to(device, torch.promote_types(dtype, torch.float32))
+
+
+SCALE = 2.0**-10 # of the loss, as N and a loss scale bring it; no power of two would cost one rounding more
+
+
+def by_formula(head, hidden, ids, weights, softcap):
+    "Loss and gradient in fp64, all logits at once."
+    h = hidden.detach().double().requires_grad_()
+    logits = nn.functional.linear(h, head.weight.double(), None if head.bias is None else head.bias.double())
+    if softcap: logits = softcap*torch.tanh(logits/softcap)
+    each = cross_entropy(logits, ids, reduction="none")
+    loss = each.sum() if weights is None else (weights.double()*each).sum()
+    return loss.detach(), torch.autograd.grad(SCALE*loss, h)[0]
+
+
+def by_kit(*args, **kwargs):
+    loss = head_loss(*args, **kwargs)
+    return loss.detach(), torch.autograd.grad(SCALE*loss, args[1])[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 23, 100])
+@pytest.mark.parametrize("bias, weighted, softcap", [(False, False, None), (True, True, None), (False, False, 0.7), (True, True, 0.7)])
+def test_a_frozen_head_gives_the_formula_in_fp64(chunk, bias, weighted, softcap, monkeypatch):
+    monkeypatch.setattr(module, "sum_in_chunks", lambda *_, **__: pytest.fail("the general way"))
+    head, (hidden, ids, weights) = frozen(bias=bias), targets()
+    args = head, hidden, ids, weights if weighted else None
+    loss, grad = by_kit(*args, chunk=chunk, softcap=softcap)
+    expected, reference = by_formula(*args, softcap)
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert (grad - reference).norm() < 1e-13*reference.norm()
+
+
+def test_the_graph_can_be_used_twice_and_scaled():
+    hidden, ids, _ = targets()
+    loss = head_loss(frozen(), hidden, ids)
+    one, = torch.autograd.grad(loss, hidden, retain_graph=True)
+    scaled, = torch.autograd.grad(2.0**16*loss, hidden)
+    assert torch.equal(2.0**16*one, scaled)
+
+
+class Squared(nn.Linear):
+    def forward(self, x): return super().forward(x).square()
+
+
+@pytest.mark.parametrize("case", ["trained weight", "trained bias", "another forward", "subclass", "function", "no gradients", "hidden without gradient", "autocast"])
+def test_any_other_head_takes_the_general_way(case, monkeypatch):
+    monkeypatch.setattr(module, "gradient_in_chunks", lambda *_, **__: pytest.fail("not for this one"))
+    head, (hidden, ids, _) = frozen(bias=True, dtype=torch.float32), targets(dtype=torch.float32)
+    if case == "trained weight": head.weight.requires_grad_()
+    if case == "trained bias": head.bias.requires_grad_()
+    if case == "another forward": head.forward = lambda x, plain=head.forward: plain(x).square()
+    if case == "subclass":
+        head = Squared(8, 50).requires_grad_(False)
+    if case == "function": head = frozen(bias=True, dtype=torch.float32).forward
+    if case == "hidden without gradient": hidden = hidden.detach()
+    with torch.set_grad_enabled(case != "no gradients"), torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        loss, logits = head_loss(head, hidden, ids, chunk=5), head(hidden).float()
+    assert loss.item() == pytest.approx(cross_entropy(logits, ids, reduction="sum").item(), rel=1e-5)
+    assert loss.requires_grad == (case not in ("no gradients", "hidden without gradient"))
+    if loss.requires_grad: loss.backward()
+    assert [name for name, p in head.named_parameters() if p.grad is not None] == [name.split()[1] for name in [case] if "trained" in name] if isinstance(head, nn.Module) else True
+
+
+@pytest.mark.parametrize("N", [0, 1, 190])
+def test_no_hook_of_a_frozen_head_waits_for_the_backward_pass(N):
+    head, fired = frozen(), []
+    head.register_forward_pre_hook(lambda *_: fired.append("forward"))
+    head.register_full_backward_pre_hook(lambda *_: fired.append("backward"))
+    hidden, ids, _ = targets(N)
+    loss = head_loss(head, hidden, ids, chunk=16)
+    loss.backward()
+    assert fired == ["forward"] and "forward" not in vars(head) and head.weight.grad is None and hidden.grad.shape == (N, 8)
+    with pytest.raises((IndexError, RuntimeError)): head_loss(head, targets(3)[0], torch.full((3,), 50))
+    assert "forward" not in vars(head)
+
+
+def test_the_labels_entry_is_rounded_after_the_difference():
+    """p = 0.998: rounded to bf16 before 1 is subtracted, the entry would be off by a third."""
+    logits, at = torch.tensor([[6.25, 0.0]], dtype=torch.bfloat16), torch.zeros(1, 1, dtype=torch.int64)
+    _, own = softmax_(logits, at, None, None)
+    assert own.item() == pytest.approx(-1/(1 + math.exp(6.25)), rel=2**-8)
+
+
+def no_worse_than_autograd(head, hidden, ids, weights, softcap, chunk):
+    """Products and gradients are rounded to bf16's eight bits either way: ours must not end farther from fp64 than autograd's, give or take a fifth."""
+    _, exact = by_formula(head, hidden, ids, weights, softcap)
+    loss, ours = by_kit(head, hidden, ids, weights, chunk=chunk, softcap=softcap)
+    general = sum_in_chunks(head, hidden, ids, weights, chunk=chunk, softcap=softcap)
+    theirs, = torch.autograd.grad(SCALE*general, hidden)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(general.item(), rel=1e-6)
+    assert (ours.double() - exact).norm() < 1.2*(theirs.double() - exact).norm() < 0.05*exact.norm()
+
+
+@pytest.mark.parametrize("weighted, softcap", [(False, None), (True, None), (True, 0.7)])
+def test_bf16_is_as_exact_as_autograd(weighted, softcap):
+    hidden, ids, weights = targets(200, 500, 32, torch.bfloat16)
+    no_worse_than_autograd(frozen(500, 32, dtype=torch.bfloat16), hidden, ids, weights if weighted else None, softcap, chunk=64)
+
+
+class Made(TorchDispatchMode):
+    "Shapes and dtypes of all results that have more than n numbers, but for views of what is known."
+    def __init__(self, n, known): super().__init__(); self.n, self.seen, self.found = n, {known.untyped_storage()._cdata}, set()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.numel() > self.n and x.untyped_storage()._cdata not in self.seen:
+                self.found.add((tuple(x.shape), x.dtype))
+        return out
+
+
+def test_on_meta_only_what_a_card_would_allocate():
+    head = nn.Linear(8, 500, bias=False, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    hidden = torch.empty(64, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    with Made(600, head.weight) as made: head_loss(head, hidden, torch.zeros(64, dtype=torch.int64, device="meta"), chunk=32).backward()
+    assert made.found == {((32, 500), torch.bfloat16)} and hidden.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("weighted, softcap", [(False, None), (True, None), (True, 0.7)])
+def test_on_a_card_compiled_and_without_a_copy_of_the_logits(weighted, softcap):
+    """Numbers of targets change from batch to batch. Beside one chunk of bf16 logits there are only the gradient and vectors."""
+    V, D, chunk, compiles = 32000, 256, 1024, torch._dynamo.utils.counters["stats"]
+    head, first = frozen(V, D, dtype=torch.bfloat16, device="cuda"), compiles["unique_graphs"]
+    for N in (1024, 1, 700, 2500, 333, 1025):
+        hidden, ids, weights = targets(N, V, D, torch.bfloat16, "cuda")
+        no_worse_than_autograd(head, hidden, ids, weights if weighted else None, softcap, chunk)
+    before = compiles["unique_graphs"]
+    for N in (2000, 17, 901, 1500):
+        hidden, ids, weights = targets(N, V, D, torch.bfloat16, "cuda")
+        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        by_kit(head, hidden, ids, weights if weighted else None, chunk=chunk, softcap=softcap)
+        assert torch.cuda.max_memory_allocated() - start < 1.1*min(N, chunk)*V*2 + 3*N*D*2 + 2**20
+    assert compiles["unique_graphs"] == before and 0 < before - first < 12
 
 
 def test_model_with_a_layer_before_its_head_is_refused():
@@ -192,6 +342,10 @@ weights = lambda m: [p for p in m.parameters() if p.requires_grad]
 config = dict(train_micro_batch_size_per_gpu=1, zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0), zero_allow_untested_optimizer=True, gradient_clipping=0.0)
 engine, *_ = deepspeed.initialize(model=model, model_parameters=weights(model), optimizer=torch.optim.SGD(weights(model), lr=0.5), config=config)
 optimizer = torch.optim.SGD(weights(alone), lr=0.5)
+head, fetches = model.model.get_output_embeddings(), []
+coordinator = type(engine.optimizer.parameter_offload.get_param_coordinator())
+fetch = coordinator.fetch_sub_module
+coordinator.fetch_sub_module = lambda self, sub, forward: (fetches.append(forward) if sub is head else None, fetch(self, sub, forward))[1]
 for step, counts in enumerate([(60, 0), (3, 50), (40, 60)]):
     rows, N = [row(n, 2*step+i) for i, n in enumerate(counts)], sum(counts)
     loss_sum = engine(**rows[dist.get_rank()])
@@ -200,6 +354,7 @@ for step, counts in enumerate([(60, 0), (3, 50), (40, 60)]):
     reference = sum(alone(**r) for r in rows)
     (reference / N).backward(); optimizer.step(); optimizer.zero_grad()
     assert abs(total - reference) <= 1e-5 * reference, (step, total, reference)
+assert fetches == [True]*3, fetches # gathered once a step, for the forward pass
 rows = [Example(torch.randint(1, 128, (T,), generator=torch.Generator().manual_seed(T)).tolist(), [t >= T//2 for t in range(T)]) for T in range(3, 24)]
 feed, one = Feed(rows, 0, 1, 3, 2, capacity=32), Feed(rows, 0, 6, capacity=32)  # nine sequences: the second step is short, and a rank gets a filler
 for step in range(4):

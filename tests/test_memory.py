@@ -93,12 +93,16 @@ def test_every_family_is_predicted(shape, family):
 
 def test_kept_activations_are_those_that_autograd_keeps(shape):
     """The reference runs for real, on a CPU in fp32, and asks autograd through its own hooks."""
+    from qlora_kit.linear import fast_linears
     from qlora_kit.lora import add_lora
     from qlora_kit.loss import split_model
+    from qlora_kit.pointwise import fast_pointwise
 
     folder = shape("llama", **SMALL)
     s = Setup(folder, batch=2, length=64, r=4, dtype="float32", device="cpu", recompute=False)
     model = add_lora(stand_in(shape_text(folder), dtype=torch.float32, device="cpu"), r=4, seed=0).train()
+    fast_linears(model)
+    fast_pointwise(model)
     known = {x.untyped_storage().data_ptr() for m in model.modules() for x in [*m._parameters.values(), *m._buffers.values()] if x is not None}
     kept, alive = {}, []
 
