@@ -84,7 +84,7 @@ class TrainingConfig(StepConfig):
     save_steps: int | None = Field(None, ge=1)               # null: at the end of each epoch
     save_total_limit: int = Field(2, ge=1)                   # newest checkpoints that stay, besides the best
     output_dir: str | None = None                            # null: runs/<name of this file>
-    report_to: Literal["none", "tensorboard"] = "none"
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # offline unless the machine's environment says otherwise
 
 # %% ../nbs/14_config.ipynb #14config019
 class DataConfig(Section):

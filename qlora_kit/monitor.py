@@ -6,8 +6,8 @@
 __all__ = ['GB', 'NONFINITE', 'FIELDS', 'REQUESTS', 'resident_bytes', 'PeakMemory', 'memory_gb', 'reset_peak_memory',
            'plain_number', 'metrics_line', 'parse_line', 'metrics_lines', 'read_metrics', 'write_atomic',
            'truncate_metrics', 'live_figures', 'Bar', 'PlainLines', 'open_display', 'MetricsFile', 'Monitor', 'series',
-           'Picture', 'draw_series', 'draw_loss', 'draw_resources', 'plot_curves', 'write_state', 'read_requests',
-           'clear_requests']
+           'Picture', 'draw_series', 'draw_loss', 'draw_resources', 'plot_curves', 'write_state', 'ask',
+           'read_requests', 'clear_requests']
 
 # %% ../nbs/10_monitor.ipynb #10monitor002
 import json
@@ -265,8 +265,9 @@ class Monitor:
         device="cpu", # whose memory is logged
         every:float=30., # seconds between plain lines where the stream is no terminal
         stream=None, # stderr by default
+        also=None, # gets each record too: an object with `log(record)` and `close()`
     ):
-        self.folder,self.device,self.file,self.display,self.val_loss = Path(folder),device,None,None,None
+        self.folder,self.device,self.also,self.file,self.display,self.val_loss = Path(folder),device,also,None,None,None
         if rank == 0: self.file = MetricsFile(folder)
         if rank == 0 and not quiet: self.display = open_display(total_steps, self.file.step, stream or sys.stderr, every)
 
@@ -277,6 +278,7 @@ class Monitor:
         record = self.file.append({"mem_gb":now, "mem_peak_gb":peak, **record})
         self.val_loss = record.get("val_loss", self.val_loss)
         if self.display: self.display.update(record["step"], live_figures(record, self.val_loss))
+        if self.also: self.also.log(record)
 
     def say(self, text:str):
         "Show a line of text without breaking the live line."
@@ -286,6 +288,7 @@ class Monitor:
         "End the live line and draw `curves.png`; a second call does nothing."
         if self.file is None: return
         if self.display: self.display.close()
+        if self.also: self.also.close()
         self.file.close(); self.file = None
         if read_metrics(self.folder): plot_curves(self.folder)
 
@@ -381,15 +384,26 @@ def write_state(
     folder, # run folder
     state:str, # one word, e.g. running, done, failed, stopped
     error:str|None=None, # one line, for a run that failed
+    total:int|None=None, # optimizer steps of the whole run, once they are known
 ) -> Path: # folder/state.json
     "Say who runs here and that it was alive just now (UTC)."
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    content = dict(pid=os.getpid(), host=socket.gethostname(), state=state, heartbeat=now, error=error)
+    content = dict(pid=os.getpid(), host=socket.gethostname(), state=state, heartbeat=now, error=error, total=total)
     return write_atomic(Path(folder)/"state.json", json.dumps(content, ensure_ascii=False) + "\n", sync=False)
 
 # %% ../nbs/10_monitor.ipynb #10monitor098
 REQUESTS = frozenset({"save", "stop"})
 
+def ask(
+    folder, # run folder
+    name:str, # save or stop
+):
+    "Ask a run for a checkpoint, or for its end, after the step it is in."
+    if name not in REQUESTS: raise UserError(f"a run cannot be asked to {name}; ask it to {' or to '.join(sorted(REQUESTS))}")
+    (Path(folder)/"control").mkdir(exist_ok=True)
+    (Path(folder)/"control"/name).touch()
+
+# %% ../nbs/10_monitor.ipynb #10monitor099
 def read_requests(
     folder, # run folder
 ) -> set[str]: # of "save" and "stop"

@@ -10,7 +10,7 @@ __all__ = ['REASONS', 'WORDS', 'lr_at', 'Plan', 'make_plan', 'Job', 'read_rows',
            'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run', 'environment', 'answer',
            'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit', 'forecast', 'Result', 'train',
            'open_run', 'choose_run', 'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'limit_waiting', 'open_log',
-           'smaller', 'TensorBoard', 'finish', 'ask_last', 'summarize', 'show_first_batch']
+           'smaller', 'finish', 'ask_last', 'summarize', 'show_first_batch']
 
 # %% ../nbs/15_train.ipynb #15train002
 import importlib.metadata as metadata
@@ -40,8 +40,10 @@ from .lora import STARTS, VARIANTS, add_lora, check_init, load_adapter, recomput
 from .loss import LossModel
 from .memory import Setup, fit_card, smallest_change
 from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requests, truncate_metrics, write_state
+from .pointwise import fast_pointwise
 from .sharded import cast_trained, load_sharded
 from .tokens import encode_all, encode_stream, ensure_template
+from .trackers import check_tracker, open_tracker
 from .zero import check_devices, check_storage, read_deepspeed, resolve, zero_config
 
 # %% ../nbs/15_train.ipynb #15train006
@@ -208,7 +210,6 @@ def kits_model(cfg:RunConfig, # the run
     spread = zero and zero["zero_optimization"]["stage"] == 3 and "dora" not in m.lora_variant and not m.start_adapter # those two want whole weights
     if spread: model = load_sharded(folder, zero, m.quant_type, m.double_quant, m.quant_storage, dtype)
     else: model = load_model(folder, m.quant_type, m.double_quant, m.quant_storage, dtype, device)
-    if cfg.training.recompute == "layer": recompute_layers(model)
     if m.start_adapter: return load_adapter(model, m.start_adapter, trainable=True)
     model = add_lora(model, m.lora_r, m.lora_alpha, m.lora_dropout, m.target_modules, cfg.training.seed, m.lora_variant, m.rank_pattern, m.alpha_pattern, m.lora_init)
     if spread: cast_trained(model, dtype)
@@ -221,12 +222,11 @@ def build_model(cfg:RunConfig, # the run
     base:Path=Path("."), # folder of the config file
     zero:dict|None=None, # complete DeepSpeed config
     )->PeftModel: # ready to be trained
-    "The user's model or the kit's, with fast linears."
-    if cfg.model.create_model:
-        model = users_model(cfg, folder, device, base)
-        if cfg.training.recompute == "layer": recompute_layers(model)
-    else: model = kits_model(cfg, folder, device, zero)
+    "The user's model or the kit's, with the fast forms of what lies inside."
+    model = users_model(cfg, folder, device, base) if cfg.model.create_model else kits_model(cfg, folder, device, zero)
+    if cfg.training.recompute == "layer": recompute_layers(model)
     fast_linears(model)
+    fast_pointwise(model)
     return model
 
 # %% ../nbs/15_train.ipynb #15train035
@@ -235,9 +235,9 @@ def check_choices(cfg:RunConfig, # the run
     several:bool=False, # DeepSpeed is asked for
     deepspeed:str|None=None, # path of a DeepSpeed file
     )->None: # `UserError` for what this run cannot have
-    "Check the update's start, the optimizer, and what the two ask of the engine."
+    "Check the update's start, the tracker, the optimizer, and what the choices ask of the engine."
     m, t = cfg.model, cfg.training
-    check_init(m.lora_init)
+    check_init(m.lora_init); check_tracker(t.report_to)
     optimizer_class(t.optimizer, torch.device(device).type)
     if several and t.optimizer != "adamw":
         raise UserError(f"training.optimizer is {t.optimizer}; under DeepSpeed only adamw is allowed, whose moments the ranks share: set it to adamw")
@@ -356,7 +356,7 @@ def state_of(run:Path)->str: # one word, from state.json; "" without one
 
 def heartbeat(job:Job, engine)->None:
     "Say that the run is alive, unless a rank has said otherwise."
-    if engine.rank == 0 and state_of(job.run) == "running": write_state(job.run, "running")
+    if engine.rank == 0 and state_of(job.run) == "running": write_state(job.run, "running", total=job.plan.total)
 
 # %% ../nbs/15_train.ipynb #15train050
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")
@@ -708,19 +708,6 @@ def smaller(cfg:RunConfig)->str: # advice after running out of memory
     return f"try training.max_length={t.max_length//2}"
 
 # %% ../nbs/15_train.ipynb #15train109
-class TensorBoard:
-    "A monitor that also writes every record as TensorBoard scalars, into the run folder."
-    def __init__(self, monitor, run:Path):
-        try: from torch.utils.tensorboard import SummaryWriter
-        except ImportError: raise UserError("training.report_to is tensorboard, which is not installed; `pip install tensorboard`, or set it to none") from None
-        self.monitor, self.writer = monitor, SummaryWriter(run/"tensorboard")
-    def log(self, record:dict):
-        self.monitor.log(record)
-        for name, value in record.items():
-            if name != "step": self.writer.add_scalar(name, value, record["step"])
-    def close(self): self.monitor.close(); self.writer.close()
-
-# %% ../nbs/15_train.ipynb #15train111
 def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, log, signals):
     rank0, say = place.rank == 0, (lambda text: None) if quiet or place.rank else (lambda text: print(text, file=sys.stderr))
     if checkpoint: cfg = keep_step(cfg, checkpoint, place.ranks)
@@ -738,8 +725,8 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     say(f"{len(job.train)} training rows, {len(job.val)} for validation; {job.plan.total} steps of {job.plan.size} {'sequences' if job.feed.capacity else 'rows'}; results in {run}")
     before = _score_kept(run/"answers.json", "before")
     if before is None and not checkpoint: before = answer(job, engine, "before")
-    monitor = Monitor(run, job.plan.total, quiet=quiet, rank=place.rank, device=place.device)
-    if cfg.training.report_to == "tensorboard" and rank0: monitor = TensorBoard(monitor, run)
+    tracker = open_tracker(cfg.training.report_to, run, cfg.model_dump(), progress.step, lambda text: (say(text), log.warning(text))) if rank0 else None
+    monitor = Monitor(run, job.plan.total, quiet=quiet, rank=place.rank, device=place.device, also=tracker)
     engine.module.train()
     log.info("training from step %d of %d", progress.step, job.plan.total)
     signals.at_once = False
@@ -747,7 +734,7 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     finally: monitor.close()
     return finish(job, engine, progress, status, before, log, signals)
 
-# %% ../nbs/15_train.ipynb #15train113
+# %% ../nbs/15_train.ipynb #15train111
 def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=())->Result:
     "Adapter, summary, score."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
@@ -764,14 +751,14 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=
     log.info("ended: %s", result.summary)
     return result
 
-# %% ../nbs/15_train.ipynb #15train115
+# %% ../nbs/15_train.ipynb #15train113
 def ask_last(job:Job, engine, signals)->float|None: # the score after training
     "From here on a signal ends the run at once; one that came since the last step counts as well."
     if engine.total(len(signals)): raise Stopped(signals[-1] if signals else "SIGTERM")
     if isinstance(signals, Signals): signals.at_once = True
     return answer(job, engine, "after")
 
-# %% ../nbs/15_train.ipynb #15train117
+# %% ../nbs/15_train.ipynb #15train115
 def summarize(job:Job, engine, progress:Progress, status:str, before, after=None)->Result:
     "Write summary.json."
     records = read_metrics(job.run)
@@ -781,7 +768,7 @@ def summarize(job:Job, engine, progress:Progress, status:str, before, after=None
     if engine.rank == 0: (job.run/"summary.json").write_text(json.dumps(summary, indent=2))
     return Result(job.run, status, summary)
 
-# %% ../nbs/15_train.ipynb #15train119
+# %% ../nbs/15_train.ipynb #15train117
 def show_first_batch(job:Job)->None:
     "Print the first rows as the loss sees them."
     from rich import print as show

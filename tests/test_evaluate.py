@@ -1,3 +1,4 @@
+import json
 import math
 from io import StringIO
 
@@ -6,8 +7,10 @@ import torch
 from rich.console import Console
 
 from qlora_kit.batches import pad
-from qlora_kit.data import UserError
-from qlora_kit.evaluate import before_after_table, evaluate_loss, exact_match, field_scores, perplexity, score_answers
+from qlora_kit.data import Conversation, UserError
+from qlora_kit.evaluate import before_after_table, evaluate, evaluate_loss, exact_match, field_scores, perplexity, score_answers
+from qlora_kit.launch import run_app
+from qlora_kit.loader import load_model, load_tokenizer
 from qlora_kit.tokens import Example
 
 RECORD = '{"item": "茶", "amount": {"value": 2, "unit": "kg"}, "tags": ["a", "b"]}'
@@ -71,3 +74,71 @@ def test_table_shows_answers_word_for_word():
     out = StringIO()
     Console(file=out, width=100).print(before_after_table(["[red]hi[/red]"], ["[/b]"], ["4"], ["4"]))
     assert all(x in out.getvalue() for x in ("[red]hi[/red]", "✗ [/b]", "✓ 4"))
+
+
+def row(question, answer, **more): return Conversation([dict(role="user", content=question), dict(role="assistant", content=answer)], question, **more)
+
+
+def test_a_model_is_scored_like_a_plain_forward_pass(tiny_llama):
+    model, tokenizer = load_model(tiny_llama), load_tokenizer(tiny_llama)
+    model.train()
+    rows = [row(f"{i} "*i, "1 2 3 "*i) for i in range(1, 8)] + [Conversation([dict(role="text", content="only words")], "text")]
+    reports = [evaluate(model, tokenizer, rows, batch_size=b, ask=False) for b in (1, 3)]
+    assert model.training and reports[0].loss == pytest.approx(reports[1].loss, rel=1e-6) and reports[0].questions == 0 and reports[0].exact_match is None
+    model.eval()
+    losses, targets = [], 0
+    with torch.no_grad():
+        for c in rows[:-1]:
+            text = tokenizer.apply_chat_template(c.messages, tokenize=False)
+            start = len(tokenizer(text[:text.index(c.messages[1]["content"])], add_special_tokens=False).input_ids)
+            ids = tokenizer(text.rstrip("\n"), add_special_tokens=False, return_tensors="pt").input_ids
+            losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, start - 1:-1], ids[0, start:], reduction="sum").item()); targets += ids.shape[1] - start
+        ids = torch.tensor([tokenizer("only words").input_ids + [tokenizer.eos_token_id]])
+        losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()); targets += ids.shape[1] - 1
+    assert reports[0].targets == targets and reports[0].loss == pytest.approx(sum(losses)/targets, rel=1e-5)
+    assert reports[0].perplexity == pytest.approx(math.exp(reports[0].loss))
+
+
+def test_answers_are_asked_for_where_a_row_ends_in_words(tiny_llama):
+    from qlora_kit.generate import generate
+
+    model, tokenizer = load_model(tiny_llama), load_tokenizer(tiny_llama)
+    said = generate(model, tokenizer, [[dict(role="user", content="a")]], 19)[0]
+    tool = row("c", "using it", tools=[{"type": "function", "function": {"name": "f"}}])
+    report = evaluate(model, tokenizer, [row("a", said), row("b", "no"), tool, Conversation([dict(role="text", content="words")], "t")])
+    assert (report.rows, report.questions, len(report.answers)) == (4, 2, 2) and report.answers[0].startswith(said)
+    assert report.exact_match == sum(a.strip() == r.strip() for a, r in zip(report.answers, (said, "no")))/2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama):
+    """A run of a few steps with held-out rows."""
+    import yaml
+
+    from conftest import write_rows
+
+    folder = tmp_path_factory.mktemp("evaluated")
+    write_rows(folder/"rows.json"); write_rows(folder/"more.json", 5)
+    (folder/"c.yaml").write_text(yaml.safe_dump({
+        "model": {"base_model": str(tiny_llama), "lora_r": 4}, "data": {"train_file": "rows.json", "validation_split": 0.2},
+        "training": {"max_steps": 6, "batch_size": 4, "learning_rate": 0.01, "max_length": 96, "output_dir": str(folder/"run")}}))
+    assert run_app(["train", str(folder/"c.yaml")]) == 0
+    return folder
+
+
+def test_the_command_gives_the_validation_loss_of_the_run(run, capsys):
+    assert run_app(["evaluate", str(run/"run"), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["loss"] == pytest.approx(json.loads((run/"run/summary.json").read_text())["best_val_loss"], rel=1e-5)
+    assert out["questions"] == out["rows"] == len(out["answers"]) > 0 and out["exact_match"] is not None
+    assert run_app(["evaluate", str(run/"run"), "--data", str(run/"more.json"), "--loss-only"]) == 0
+    assert "of 5 rows\n" in capsys.readouterr().out
+
+
+def test_other_rows_for_adapters_and_bases(run, tiny_llama, capsys):
+    more = str(run/"more.json")
+    for target in (run/"run/adapter", tiny_llama):
+        assert run_app(["evaluate", str(target), "--data", more, "--json", "--loss-only"]) == 0
+    assert run_app(["evaluate", str(tiny_llama)]) == 2 and run_app(["evaluate", str(run/"run"), "--data", "nowhere.json"]) == 2
+    err = capsys.readouterr().err
+    assert "no held-out rows; give some with --data" in err and "nowhere.json" in err and "Traceback" not in err

@@ -1,4 +1,6 @@
+import io
 import logging
+import sys
 
 import pytest
 import torch
@@ -7,9 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_kit.data import UserError
-from qlora_kit.generate import dequantized, generate, stop_ids
+from qlora_kit.generate import dequantized, draw, generate, stop_ids, stream
 from qlora_kit.loader import load_model, packed_hash
 from qlora_kit.lora import add_lora, lora_parameters
+from qlora_kit.tokens import progress
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -129,3 +132,75 @@ def test_dequantized_decodes_once(packed, monkeypatch):
     with torch.no_grad(), dequantized(model):
         for _ in range(3): model(torch.arange(10)[None])
     assert len(calls) == 14
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_stream_says_what_generate_says(tokenizer, family):
+    model = make(family)
+    for c in ask(3, 11, 20):
+        assert "".join(stream(model, tokenizer, c, max_new_tokens=12)) == generate(model, tokenizer, [c], 12)[0] == alone(model, tokenizer, c[:1], 12)
+
+
+def test_a_stream_computes_one_token_a_step_and_leaves_the_model_as_it_was(tokenizer, caplog):
+    model, widths = make("llama").train(), []
+    logging.getLogger("transformers").propagate = True
+    model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
+    pieces = stream(model, tokenizer, ask(5)[0], max_new_tokens=4)
+    next(pieces)
+    assert not model.training and torch.is_grad_enabled()
+    pieces.close()
+    assert model.training
+    list(stream(model, tokenizer, ask(5)[0], max_new_tokens=4))
+    assert widths == [6, 6, 1, 1, 1] and not caplog.records
+
+
+def test_a_streams_seed_is_its_own(tokenizer):
+    model, before = make("llama"), torch.get_rng_state()
+    said = lambda seed, **k: "".join(stream(model, tokenizer, ask(3)[0], 8, temperature=2.0, seed=seed, **k))
+    assert said(1) == said(1) != said(2) and said(None) != said(None) and said(1, top_p=1e-6) == "".join(stream(model, tokenizer, ask(3)[0], 8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_draw_follows_temperature_and_nucleus():
+    generator, p = torch.Generator().manual_seed(0), torch.tensor([0.1, 0.6, 0.3])
+    share = lambda t, top_p: torch.bincount(torch.tensor([draw(p.log(), t, top_p, generator) for _ in range(4000)]), minlength=3) / 4000
+    torch.testing.assert_close(share(1.0, 1.0), p, rtol=0, atol=0.04) # four standard deviations of 4000 draws
+    torch.testing.assert_close(share(1.0, 0.9), torch.tensor([0, 2/3, 1/3]), rtol=0, atol=0.04)
+    torch.testing.assert_close(share(2.0, 1.0), p.sqrt()/p.sqrt().sum(), rtol=0, atol=0.04)
+    assert share(1.0, 0.6)[1] == 1 and draw(p.log(), 0, 1.0, generator) == 1
+
+
+def test_half_a_character_is_never_shown(tiny_llama):
+    from qlora_kit.loader import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_llama) # a token for each byte
+    ids = iter(tokenizer("x茶€!", add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+
+    class Says(torch.nn.Module):
+        config, device, generation_config = LlamaConfig(max_position_embeddings=100), torch.device("cpu"), make("llama").generation_config
+        def forward(self, input_ids, **_):
+            from transformers.modeling_outputs import CausalLMOutputWithPast
+            return CausalLMOutputWithPast(logits=torch.nn.functional.one_hot(torch.tensor([[next(ids)]]), len(tokenizer)).float())
+
+    assert [p for p in stream(Says(), tokenizer, ask(1)[0], 20) if p] == ["x", "茶", "€", "!"]
+
+
+@pytest.mark.parametrize("settings, words", [(dict(top_p=0), "top_p: received 0"), (dict(top_p=1.1), "top_p"), (dict(max_new_tokens=20), "lower max_new_tokens to 9"), (dict(temperature=-1), "temperature")])
+def test_a_stream_refuses_what_generate_refuses(tokenizer, settings, words):
+    with pytest.raises(UserError, match=words): next(stream(make("llama"), tokenizer, ask(30)[0], **settings))
+
+
+class Screen(io.StringIO):
+    def __init__(self, terminal): super().__init__(); self.terminal = terminal
+    def isatty(self): return self.terminal
+
+
+@pytest.mark.parametrize("terminal, quiet, rank, shown", [(True, False, "0", True), (False, False, "0", False), (True, True, "0", False), (True, False, "1", False)])
+def test_a_bar_is_drawn_only_where_somebody_watches(monkeypatch, terminal, quiet, rank, shown):
+    import time
+
+    monkeypatch.setattr(sys, "stderr", Screen(terminal))
+    monkeypatch.setenv("RANK", rank)
+    assert list(progress(range(3), "quick", quiet)) == [0, 1, 2] and sys.stderr.getvalue() == ""
+    for _ in progress(range(14), "slow work", quiet): time.sleep(0.1)
+    assert ("slow work" in sys.stderr.getvalue()) == shown and (sys.stderr.getvalue() == "") != shown

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from qlora_kit.data import UserError
-from qlora_kit.monitor import Monitor, metrics_line, plot_curves, read_metrics, truncate_metrics
+from qlora_kit.monitor import Monitor, ask, metrics_line, plot_curves, read_metrics, read_requests, truncate_metrics, write_state
 
 WRITER = """
 import sys
@@ -113,3 +113,26 @@ def test_long_run_is_drawn_with_few_points_and_keeps_its_spike(tmp_path):
     axes = plot_curves(tmp_path).axes[0]
     assert all(len(line.get_xdata()) <= 1000 for line in axes.lines)
     assert axes.dataLim.y1 >= 99
+
+
+def test_a_second_reader_gets_each_record_once_it_is_in_the_file(tmp_path):
+    class Also:
+        seen,closed = [],0
+        def log(self, record): self.seen.append((record, read_metrics(tmp_path)[-1]))
+        def close(self): self.closed += 1
+    also = Also()
+    monitor = Monitor(tmp_path, 2, quiet=True, also=also)
+    for step in (1, 2): monitor.log(dict(step=step, loss=torch.tensor(1/step)))
+    monitor.close(); monitor.close()
+    assert [a for a,_ in also.seen] == [b for _,b in also.seen] == read_metrics(tmp_path) and also.closed == 1
+
+
+def test_a_run_is_asked_in_the_words_it_knows(tmp_path):
+    for name in ("save", "stop"): ask(tmp_path, name)
+    assert read_requests(tmp_path) == {"save", "stop"}
+    with pytest.raises(UserError, match="save or to stop"): ask(tmp_path, "pause")
+
+
+def test_state_says_how_long_the_run_is(tmp_path):
+    assert json.loads(write_state(tmp_path, "running", total=60).read_text())["total"] == 60
+    assert json.loads(write_state(tmp_path, "failed", error="boom").read_text())["total"] is None
