@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ranks test-demo test-fresh seeds ops lab docs docs-serve docs-test export clean
+.PHONY: help install demo test test-ranks test-browser test-cuda test-demo test-fresh seeds ops lab docs docs-serve docs-test export clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,10 +28,17 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
 test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
-	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs' tests
+	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs and not browser' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
+
+test-browser: install ops ## widgets in a real JupyterLab in a real browser
+	@sh .ci/system-packages browser
+	$(BIN)/python -m pytest -q -m browser tests
+
+test-cuda: install ## on a machine with an NVIDIA card: kernels, memory against the plan, fp16, two ranks on one card (about ten minutes)
+	$(BIN)/python -m pytest -q -m cuda tests
 
 test-demo: demo ## the demo, then its score computed by plain peft and transformers
 	$(BIN)/python tests/plain_score.py runs/demo --at-least 0.9

@@ -12,6 +12,10 @@ setup(
     version=kit["version"],
     python_requires=f">={kit['min_python']}",
     install_requires=kit["requirements"].split(),
-    extras_require={"dev": kit["dev_requirements"].split(), "deepspeed": kit["deepspeed_requirements"].split()},
+    extras_require={
+        "lab": kit["lab_requirements"].split(),
+        "dev": kit["dev_requirements"].split() + kit["lab_requirements"].split(),
+        "deepspeed": kit["deepspeed_requirements"].split(),
+    },
     entry_points={"console_scripts": kit["console_scripts"].split("\n"), "nbdev": ["qlora_kit=qlora_kit._modidx:d"]},
 )

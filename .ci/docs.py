@@ -5,6 +5,7 @@
 nbdev processes the notebooks, Quarto renders them, or smalldocs where no Quarto is found; what follows mends the pages: libraries from npm
 packages instead of a content network, relative links, sources beside the pages, a table for every signature, one id once.
 """
+import base64
 import html
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 from bs4 import BeautifulSoup, Comment
@@ -239,6 +241,21 @@ def add_sources():
             target = OUT / "notebooks" / page.relative_to(ROOT / "nbs")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(page, target)
+    carry_kit(OUT / "notebooks/tutorials/colab.ipynb")
+
+
+def carry_kit(page):
+    """A notebook to upload anywhere: its first code cell writes the kit as a wheel, from text inside the notebook, and the next one finds it there."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", folder, str(ROOT)], check=True)
+        [wheel] = Path(folder).glob("qlora_kit-*.whl")
+        text = base64.b64encode(wheel.read_bytes()).decode()
+    notebook = json.loads(page.read_text(encoding="utf-8"))
+    where = next(i for i, cell in enumerate(notebook["cells"]) if cell["cell_type"] == "code")
+    source = f"from base64 import b64decode\nfrom pathlib import Path\n\n# {wheel.name}, {len(text)//1024} kB of text\nPath({wheel.name!r}).write_bytes(b64decode({text!r}));"
+    cell = {"cell_type": "code", "id": "kit", "execution_count": None, "metadata": {"jupyter": {"source_hidden": True}, "cellView": "form"}, "outputs": [], "source": source}
+    notebook["cells"].insert(where, cell)
+    page.write_text(json.dumps(notebook, ensure_ascii=False, indent=1), encoding="utf-8")
 
 
 def new_link(href, here, moved, modules):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FALLBACK_TEMPLATE', 'TEMPLATES', 'ENDS', 'LOSS_ON', 'Example', 'read_template', 'ensure_template', 'Rewritten',
            'answer_span', 'mark_answers', 'prompt_text', 'mark_last', 'targets_of', 'encode', 'Html', 'show_targets',
-           'target_text', 'prompt_ids', 'encode_turns', 'encode_text', 'encode_all', 'ExampleFile', 'encode_stream']
+           'target_text', 'prompt_ids', 'encode_turns', 'encode_text', 'progress', 'encode_all', 'ExampleFile',
+           'encode_stream']
 
 # %% ../nbs/01_tokens.ipynb #01tokens002
-import re
+import os, re, sys, warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -315,14 +316,28 @@ def encode_text(tokenizer:PreTrainedTokenizerBase, text:str, max_length:int|None
     return [Example(part, [False] + [True]*(len(part)-1), where) for part in parts]
 
 # %% ../nbs/01_tokens.ipynb #01tokens093
+def progress(
+    items:Iterable, # what to go through
+    what:str, # the work, as "tokenizing"
+    quiet:bool=False, # True: never draw
+)->Iterable: # the same items
+    "Go through `items` with a bar that is there only while it is of use."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    watched = sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
+    if quiet or not watched or os.environ.get("RANK", "0") != "0": return items
+    with warnings.catch_warnings(action="ignore"): from tqdm.auto import tqdm # chooses between terminal and notebook, and says so
+    return tqdm(items, what, delay=1, leave=False, dynamic_ncols=True, file=sys.stderr)
+
+# %% ../nbs/01_tokens.ipynb #01tokens096
 def encode_all(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
     conversations:list[Conversation], # rows
     max_length:int, # tokens kept of each row, from the left
     loss_on:str="assistant", # one of `LOSS_ON`
+    quiet:bool=False, # no progress bar
 )->tuple[list[Example],list[str]]: # examples that have targets, and `where` of the rows that have none
     "Encode every conversation; `UserError` if none has a target within `max_length`."
-    examples = [e for c in conversations for e in encode_turns(tokenizer, c, max_length, loss_on)]
+    examples = [e for c in progress(conversations, "tokenizing", quiet) for e in encode_turns(tokenizer, c, max_length, loss_on)]
     kept, dropped = [e for e in examples if any(e.targets)], [e.where for e in examples if not any(e.targets)]
     _some_left(kept, dropped, max_length)
     return kept, dropped
@@ -332,7 +347,7 @@ def _some_left(kept, dropped, max_length):
         raise UserError(f"max_length: received {max_length}, which cuts all {len(dropped)} rows before the first word of an answer; "
                         "raise it or shorten the questions")
 
-# %% ../nbs/01_tokens.ipynb #01tokens098
+# %% ../nbs/01_tokens.ipynb #01tokens101
 class ExampleFile(Sequence):
     "Examples on a disk: `len`, index and iteration as of a list. The file is deleted when the object is."
     features = Features({"ids": List(Value("int32")), "targets": List(Value("bool")), "where": Value("string")})
@@ -349,18 +364,19 @@ class ExampleFile(Sequence):
     def __iter__(self)->Iterator[Example]: return (Example(**row) for row in self.rows)
     def __getitem__(self, i:int)->Example: return Example(**self.rows[range(len(self))[i]])
 
-# %% ../nbs/01_tokens.ipynb #01tokens099
+# %% ../nbs/01_tokens.ipynb #01tokens102
 def encode_stream(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
     conversations:Iterable[Conversation], # read once, and not held
     max_length:int, # tokens kept of each row, from the left
     loss_on:str="assistant", # one of `LOSS_ON`
     folder:Path|None=None, # where the file lies
+    quiet:bool=False, # no progress bar
 )->tuple[ExampleFile,list[str]]: # as `encode_all`
     "`encode_all` for more rows than fit into memory."
     dropped = []
     def examples():
-        for e in (e for c in conversations for e in encode_turns(tokenizer, c, max_length, loss_on)):
+        for e in (e for c in progress(conversations, "tokenizing", quiet) for e in encode_turns(tokenizer, c, max_length, loss_on)):
             if any(e.targets): yield e
             else: dropped.append(e.where)
     kept = ExampleFile(examples(), folder)

@@ -1,6 +1,8 @@
 """The built site in a real browser: every page, every link, no other host, search, texts for figures. `make docs-test` builds it first."""
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -155,3 +157,17 @@ def test_papers_are_listed_once_and_all_that_pages_cite_are_there():
             cited |= set(re.findall(r"(?:arXiv:?\s*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", page.read_text(encoding="utf-8")))
     listed = re.findall(r"\[arXiv (\d{4}\.\d{4,5})\]", (ROOT / "nbs/reference/papers.qmd").read_text(encoding="utf-8"))
     assert len(listed) == len(set(listed)) and cited <= set(listed), cited - set(listed)
+
+
+def test_the_notebook_for_colab_brings_the_kit_along(tmp_path):
+    """Alone in an empty folder, with a Python that has no kit: its first cells write a wheel, choose it, and the kit in it is this one."""
+    cells = [c for c in json.loads((SITE / "notebooks/tutorials/colab.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    source = ["".join(c["source"]) for c in cells]
+    choose = next(i for i, s in enumerate(source) if "def source()" in s)
+    code = "\n".join(source[:choose + 1]).replace('find_spec("qlora_kit") is None', "find_spec('no kit') is None")
+    code = code.replace('"install", "-q", source()', '"install", "-q", "--no-deps", "--target", "here", source()')
+    run = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    run("-c", code)
+    assert run("-c", "import sys; sys.path.insert(0, 'here'); import qlora_kit; print(qlora_kit.__file__)").strip().startswith(str(tmp_path))
+    for name in ("train.py", "assets/scaffold/data/sample_data.json"):
+        assert (tmp_path / "here/qlora_kit" / name).read_bytes() == (ROOT / "qlora_kit" / name).read_bytes()
