@@ -157,8 +157,6 @@ def test_the_command_reads_lines_from_a_pipe(tuned, tmp_path, monkeypatch, capsy
 
 MODEL = """
 import torch
-from lab import lab  # noqa: F401
-
 from qlora_kit.chat import Comparison
 from qlora_kit.loader import load_model, load_tokenizer
 from qlora_kit.lora import add_lora, lora_parameters
