@@ -8,7 +8,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-ranks test-browser test-cuda test-demo test-fresh seeds ops lab docs docs-serve docs-test export clean
+.PHONY: help install demo test test-ranks test-tutorials test-browser test-cuda test-demo test-fresh seeds ops lab docs docs-serve docs-test export clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -28,10 +28,13 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
 test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
-	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs and not browser' tests
+	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
+
+test-tutorials: install ops ## the five tutorials, with real runs and launches (about seven minutes)
+	$(BIN)/python -m pytest -q -m tutorials tests
 
 test-browser: install ops ## widgets in a real JupyterLab in a real browser
 	@sh .ci/system-packages browser

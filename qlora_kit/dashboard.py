@@ -7,8 +7,7 @@ __all__ = ['FIELDS', 'BLUE', 'ORANGE', 'GREEN', 'VIOLET', 'WIDE', 'HIGH', 'LEFT'
            'MARKS', 'BUTTONS', 'LABELS', 'Follower', 'read', 'add', 'column', 'thin', 'Line', 'points', 'draw',
            'limits', 'ticks', 'axes', 'describe', 'chart', 'curves', 'read_state', 'process_lives', 'patience',
            'verdict', 'pace', 'best', 'figures', 'tail', 'rank_of', 'before_folder', 'Overview', 'look', 'look_before',
-           'header', 'log_html', 'as_text', 'as_html', 'Dashboard', 'show', 'press', 'tend', 'close', 'front_end',
-           'watch', 'start']
+           'header', 'log_html', 'as_text', 'as_html', 'Dashboard', 'show', 'press', 'tend', 'close', 'watch', 'start']
 
 # %% ../nbs/17b_dashboard.ipynb #17bdashboard002
 import html, json, re, socket, threading, time
@@ -16,20 +15,21 @@ from array import array
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
-import ipywidgets as widgets
 import numpy as np
 import psutil
-from IPython import get_ipython
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
 from .checkpoint import checkpoints, step_of
 from .config import load_config
 from .data import UserError
+from .inspector import need_widgets
 from .launch import Launched, launch
 from .monitor import ask, parse_line, read_requests
+from .tokens import in_notebook
 
 # %% ../nbs/17b_dashboard.ipynb #17bdashboard009
 FIELDS = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
@@ -344,11 +344,12 @@ class Dashboard:
         target, # run folder, or what `launch` returned
         every:float=1.0, # seconds between two looks
     ):
+        w = need_widgets()
         self.overview,self.every,self.closed,self.drawn = Overview(target),every,threading.Event(),None
-        self.header,self.curves,self.log = (widgets.HTML(layout={"width":"100%"}) for _ in range(3))
-        self.buttons = {name:widgets.Button(icon=name, layout={"width":"auto"}, tooltip=tip) for name,tip in BUTTONS.items()}
+        self.header,self.curves,self.log = (w.HTML(layout={"width":"100%"}) for _ in range(3))
+        self.buttons = {name:w.Button(icon=name, layout={"width":"auto"}, tooltip=tip) for name,tip in BUTTONS.items()}
         for name,button in self.buttons.items(): button.on_click(partial(self.press, name))
-        self.box = widgets.VBox([self.header, widgets.HBox(list(self.buttons.values())), self.curves, self.log])
+        self.box = w.VBox([self.header, w.HBox(list(self.buttons.values())), self.curves, self.log])
         self.show()
         self.thread = threading.Thread(target=self.tend, daemon=True, name="dashboard")
         self.thread.start()
@@ -390,18 +391,14 @@ def close(self:Dashboard):
 Dashboard.show, Dashboard.press, Dashboard.tend, Dashboard.close = show, press, tend, close
 
 # %% ../nbs/17b_dashboard.ipynb #17bdashboard073
-def front_end()->bool:
-    "Does this Python run behind a notebook?"
-    return getattr(get_ipython(), "kernel", None) is not None
-
 def watch(
     target, # run folder, or what `start` or `launch` returned
     every:float=1.0, # seconds between two looks
-) -> Dashboard|Overview: # an `Overview` where there is no notebook
+) -> Dashboard|Overview: # an `Overview` where there is no notebook, or no ipywidgets
     "Show a run while it lives, and after."
     if not isinstance(target, Launched) and not (Path(target)/"state.json").exists():
         raise UserError(f"{target} holds no run: there is no state.json in it; give the folder that `train` names as `results in …`, e.g. runs/demo")
-    return Dashboard(target, every) if front_end() else Overview(target)
+    return Dashboard(target, every) if in_notebook() and find_spec("ipywidgets") else Overview(target)
 
 # %% ../nbs/17b_dashboard.ipynb #17bdashboard076
 def start(

@@ -8,16 +8,15 @@ __all__ = ['left_pad', 'stop_ids', 'generate', 'dequantized', 'draw', 'stream']
 # %% ../nbs/12_generate.ipynb #12generate002
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy
 
 import torch
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import GenerationConfig
 
 from .data import UserError
+from .linear import decoded
 from .tokens import progress, prompt_ids
 
 # %% ../nbs/12_generate.ipynb #12generate009
@@ -102,10 +101,7 @@ def _dense_forward(layer):
     def forward(x):
         nonlocal W
         dtype = layer.compute_dtype if layer.compute_type_is_set and layer.compute_dtype is not None else x.dtype
-        if W is None:
-            state = copy(layer.weight.quant_state)
-            state.dtype = dtype
-            W = dequantize_4bit(layer.weight.data, state)
+        if W is None: W = decoded(layer, dtype)
         bias = None if layer.bias is None else layer.bias.to(dtype)
         return linear(x.to(dtype), W, bias).to(x.dtype)
     return forward

@@ -187,9 +187,10 @@ def plan(config: Annotated[Path, typer.Argument(help="The YAML config, or the na
     quiet_libraries()
     from dataclasses import asdict
     from qlora_kit.memory import parse_size, predict, traffic
-    from qlora_kit.train import memory_setup
+    from qlora_kit.train import choose_rungs, memory_setup
     cfg, limit = plan_config(config, overrides or []), parse_size(gpu_memory) if gpu_memory else card_here()
     setup = memory_setup(cfg, plan_shape(cfg.model.base_model, cfg.model.revision), "cuda", gpus, deepspeed)
+    if limit: setup = choose_rungs(setup, cfg.training.recompute, limit)
     prediction, answer = predict(setup), plan_answer(setup, limit) if limit else {}
     times = traffic_times(setup, bandwidth) if bandwidth is not None else {}
     if as_json: print(json.dumps(dict(setup=asdict(setup), moments=prediction.moments, peak=prediction.peak, elsewhere=prediction.elsewhere, traffic=traffic(setup), seconds_of_traffic=times, **answer)))
@@ -211,9 +212,11 @@ def traffic_times(setup, bandwidth:float)->dict: # cards → seconds a step
 def show_plan(prediction, setup, answer:dict, times:dict, limit:int|None)->None:
     "Print a plan."
     from rich.console import Console
-    from qlora_kit.memory import traffic
+    from qlora_kit.ladder import in_words
+    from qlora_kit.memory import rungs_of, traffic
     console, gb = Console(), lambda parts: ", ".join(f"{name} {n/2**30:.2f}" for name, n in parts.items() if n)
     console.print(plan_table(prediction, limit))
+    console.print(f"layers: {in_words(rungs_of(setup))}", highlight=False)
     if prediction.elsewhere: console.print(f"outside of the card, GB per rank: {gb(prediction.elsewhere)}", highlight=False, soft_wrap=True)
     if setup.ranks > 1: console.print(f"each rank receives per step, GB: {gb(traffic(setup))}", highlight=False, soft_wrap=True)
     if times: console.print("estimated seconds of traffic a step, by cards: " + ", ".join(f"{n}: {t:.2g}" for n, t in times.items()), highlight=False, soft_wrap=True)
@@ -352,8 +355,9 @@ def family(told:Path)->list: # living processes of one launch
         except psutil.Error: return False
     return [p for p in psutil.process_iter() if belongs(p)]
 
-def ranks_of(processes:list)->dict: # rank → process
+def ranks_of(processes:list, alone:int|None=None)->dict: # process number of a run that no launcher started → rank → process
     "Those that train; not their launchers, nor helpers that they started."
+    if alone: return {0: p for p in processes if p.pid == alone} # it calls itself rank 0 once it runs, and its helpers inherit that
     rank = {}
     for p in processes:
         try: rank[p.pid] = (p.environ().get("RANK"), p.ppid(), p)
@@ -378,6 +382,10 @@ class Launched:
     @property
     def run(self)->Path|None: # the run folder, once it is chosen
         return Path(self.word("run")) if self.word("run") else None
+
+    @property
+    def alone(self)->int|None: # process number of a run without a launcher above it
+        return self.process.pid if self.command[0] == "qlora-kit" else None
 
     def state(self)->dict: # state.json: pid, host, state, heartbeat, error
         try: return json.loads((self.run/"state.json").read_text(encoding="utf-8"))
@@ -416,7 +424,7 @@ def pass_on(self:Launched, number:int)->None: # signal.SIGINT or signal.SIGTERM
     processes, now = family(self.told), time.monotonic()
     if self.asked and now-self.asked[0][1] > 2: number = signal.SIGKILL
     self.asked.append((number, now))
-    ranks = list(ranks_of(processes).values())
+    ranks = list(ranks_of(processes, self.alone).values())
     if number == signal.SIGKILL: to = processes
     elif ranks: to = ranks
     else: to, number = processes, number if self.ranks == 1 else signal.SIGTERM
@@ -434,7 +442,7 @@ def wait(self:Launched, signals:list=(), # filled by a signal handler, emptied h
     ranks, since = {}, None
     while self.process.poll() is None or family(self.told):
         while signals: self.pass_on(signals.pop(0))
-        if len(ranks) < self.ranks: ranks |= ranks_of(family(self.told))
+        if len(ranks) < self.ranks: ranks |= ranks_of(family(self.told), self.alone)
         if any(not lives(p) for p in ranks.values()): since = since or time.monotonic()
         if since and time.monotonic()-since > grace:
             for p in family(self.told): p.kill()

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sum_in_chunks', 'call_once', 'softmax_', 'gradient_in_chunks', 'KnownGradient', 'gives_gradient', 'head_loss',
-           'target_loss', 'row_lengths', 'add_noise', 'noisy_embeddings', 'split_model', 'LossModel', 'loss_forward']
+           'target_places', 'target_loss', 'row_lengths', 'add_noise', 'noisy_embeddings', 'split_model', 'LossModel',
+           'check_padding', 'loss_forward']
 
 # %% ../nbs/06_loss.ipynb #06loss002
 from collections.abc import Callable
@@ -129,6 +130,13 @@ def head_loss(
     return KnownGradient.apply(hidden, *known)
 
 # %% ../nbs/06_loss.ipynb #06loss043
+def target_places(
+    labels:Tensor, # [B,T] token ids, -100 where nothing is learned
+)->Tensor: # int64 [N], among the B·T tokens
+    "The tokens whose successor is a target."
+    return (pad(labels[:, 1:], (0, 1), value=-100) != -100).flatten().nonzero().flatten()
+
+# %% ../nbs/06_loss.ipynb #06loss044
 def target_loss(
     hidden:Tensor, # [B,T,D] the decoder's output
     labels:Tensor, # [B,T] token ids, -100 where nothing is learned
@@ -136,15 +144,15 @@ def target_loss(
     chunk:int=1024, # targets whose logits exist at one time
     softcap:float|None=None, # Gemma 2: logits are squeezed into ±softcap
     weights:Tensor|None=None, # [B,T] what each label counts; None: 1
+    places:Tensor|None=None, # [N] from `target_places`; None: found here
 )->tuple[Tensor,int]: # summed cross-entropy in nats (fp32 scalar), and N, the number of targets
     "Cross-entropy of each next token, summed over the targets; the head sees targets only."
-    following = pad(labels[:, 1:], (0, 1), value=-100)
-    seen = following != -100
-    targets = following[seen]
-    counts = None if weights is None else pad(weights[:, 1:], (0, 1))[seen]
-    return head_loss(head, hidden[seen], targets, counts, chunk, softcap), len(targets)
+    places = target_places(labels) if places is None else places
+    at = lambda x: pad(x[:, 1:], (0, 1)).flatten().index_select(0, places)
+    chosen = hidden.flatten(0, 1).index_select(0, places)
+    return head_loss(head, chosen, at(labels), None if weights is None else at(weights), chunk, softcap), len(places)
 
-# %% ../nbs/06_loss.ipynb #06loss057
+# %% ../nbs/06_loss.ipynb #06loss058
 def row_lengths(
     input_ids:Tensor, # [B,T]
     attention_mask:Tensor|None=None, # [B,T], 1 for tokens, 0 for padding
@@ -166,7 +174,7 @@ def add_noise(
     noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
     return embedded + (noise * (alpha / (lengths * embedded.shape[-1]).sqrt())[..., None]).to(embedded.dtype)
 
-# %% ../nbs/06_loss.ipynb #06loss061
+# %% ../nbs/06_loss.ipynb #06loss062
 @contextmanager
 def noisy_embeddings(
     embedding:nn.Module, # ids [B,T] -> [B,T,D]
@@ -178,7 +186,7 @@ def noisy_embeddings(
     try: yield
     finally: hook.remove()
 
-# %% ../nbs/06_loss.ipynb #06loss063
+# %% ../nbs/06_loss.ipynb #06loss064
 def split_model(
     model:nn.Module, # a transformers causal LM, or a PeftModel around one
 )->tuple[nn.Module,nn.Module,float|None]: # decoder, head, and the softcap of its logits
@@ -195,7 +203,7 @@ def split_model(
                         "whose logits are head(decoder(ids)), such as Llama, Mistral, Qwen, Gemma, GPT-2")
     return decoder, head, config.get("final_logit_softcapping")
 
-# %% ../nbs/06_loss.ipynb #06loss066
+# %% ../nbs/06_loss.ipynb #06loss067
 class LossModel(nn.Module):
     "A causal language model whose output is the summed loss of its targets."
     def __init__(self,
@@ -209,21 +217,33 @@ class LossModel(nn.Module):
         split_model(model)
         self.model, self.chunk, self.neftune_alpha = model, chunk, neftune_alpha
 
-# %% ../nbs/06_loss.ipynb #06loss068
+# %% ../nbs/06_loss.ipynb #06loss069
+def check_padding(
+    attention_mask:Tensor, # [B,T], 1 for tokens, 0 for padding
+)->None: # `UserError` for padding before a token; on a card the process fails
+    "Padding stands at the end of each row."
+    good = (attention_mask[:, 1:] <= attention_mask[:, :-1]).all()
+    text = "attention_mask: received padding before tokens; rows must be padded at their end, as `pad` does it"
+    if good.is_cuda: torch._assert_async(good, text)
+    elif not good: raise UserError(text)
+
+# %% ../nbs/06_loss.ipynb #06loss071
 def loss_forward(self:LossModel,
     input_ids:Tensor, # [B,T]
     attention_mask:Tensor|None=None, # [B,T], 1 for tokens, 0 for padding
     labels:Tensor=None, # [B,T], -100 where nothing is learned
     weights:Tensor|None=None, # [B,T], what each label counts
     documents:Tensor|None=None, # int32 [S+1], where documents begin in a packed batch
+    places:Tensor|None=None, # [N] from `target_places`
     **extra, # handed to the decoder: position_ids of a packed batch
 )->Tensor: # summed cross-entropy in nats, fp32 scalar
     "Run the decoder once, and the head on the targets alone."
     decoder, head, softcap = split_model(self.model)
     lengths = row_lengths(input_ids, attention_mask, documents) if self.neftune_alpha and self.training else None
-    if documents is not None: attention_mask = document_starts(decoder, documents)
+    if attention_mask is not None: check_padding(attention_mask)
+    starts = document_starts(decoder, documents) if documents is not None else None
     with nullcontext() if lengths is None else noisy_embeddings(decoder.get_input_embeddings(), lengths, self.neftune_alpha):
-        hidden = decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra)[0]
-    return target_loss(hidden, labels, head, self.chunk, softcap, weights)[0]
+        hidden = decoder(input_ids=input_ids, attention_mask=starts, use_cache=False, **extra)[0]
+    return target_loss(hidden, labels, head, self.chunk, softcap, weights, places)[0]
 
 LossModel.forward = loss_forward

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'Update', 'read_adapter', 'mergeable', 'Trained', 'find_adapter', 'find_trained', 'unpacked', 'in_file',
-           'check_updates', 'merged_tensors', 'write_shards', 'write_settings', 'base_model', 'merge', 'check_room',
-           'check_hash']
+           'check_updates', 'merged_tensors', 'write_shards', 'write_settings', 'base_model', 'unfinished', 'merge',
+           'check_room', 'check_hash']
 
 # %% ../nbs/16_merge.ipynb #16merge002
 import hashlib, json, re, shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# %% ../nbs/16_merge.ipynb #16merge003
+# %% ../nbs/16_merge.ipynb #16merge004
 from .data import UserError
 from .generate import stop_ids
 from .loader import (INDEX, Tensors, check_tied, finish, load_tokenizer, make_tensor, match_names, quantization_config, read_config, resolve_base,
@@ -31,7 +32,7 @@ from .loader import (INDEX, Tensors, check_tied, finish, load_tokenizer, make_te
 from .lora import BASE_CHANGING
 from .tokens import ensure_template, progress
 
-# %% ../nbs/16_merge.ipynb #16merge018
+# %% ../nbs/16_merge.ipynb #16merge019
 @dataclass(frozen=True)
 class Update:
     "What an adapter adds to one linear."
@@ -45,7 +46,7 @@ class Update:
         W = torch.addmm(W, self.B.to(W), self.A.to(W), alpha=self.scale)
         return W if self.length is None else W*(self.length.to(W)/W.norm(dim=1))[:, None]
 
-# %% ../nbs/16_merge.ipynb #16merge020
+# %% ../nbs/16_merge.ipynb #16merge021
 def read_adapter(
     folder:Path, # adapter_config.json and adapter_model.safetensors
 )->dict[str,Update]: # full name of a linear -> its update; `UserError` for an adapter that cannot be merged
@@ -62,7 +63,7 @@ def read_adapter(
         return alpha/(r**0.5 if config.use_rslora else r)
     return {name: Update(p["A"], p["B"], scale(name), p.get("magnitude_vector")) for name, p in parts.items()}
 
-# %% ../nbs/16_merge.ipynb #16merge022
+# %% ../nbs/16_merge.ipynb #16merge023
 def mergeable(
     folder:Path, # of an adapter
 )->LoraConfig: # its settings; `UserError` for an adapter that is no fixed sum, or whose base is on no disk
@@ -79,7 +80,7 @@ def mergeable(
         if getattr(config, name, None): raise UserError(f"{folder}: {name} is set, so what it adds is not B·A on every token and layer; use this adapter unmerged")
     return config
 
-# %% ../nbs/16_merge.ipynb #16merge024
+# %% ../nbs/16_merge.ipynb #16merge025
 @dataclass(frozen=True)
 class Trained:
     "An adapter, and the base as its training saw it."
@@ -90,7 +91,7 @@ class Trained:
     dtype: torch.dtype = torch.float32 # of computation, hence of decoded weights
     system_prompt: str|None = None # put before every conversation
 
-# %% ../nbs/16_merge.ipynb #16merge025
+# %% ../nbs/16_merge.ipynb #16merge026
 def find_adapter(
     target:str|Path, # run folder or adapter folder
 )->Path|None: # the adapter's folder
@@ -110,7 +111,7 @@ def find_trained(
     base = resolve_base(m.get("base_model") or named["base_model_name_or_path"], named.get("revision"))
     return Trained(adapter, base, m.get("quant_type", "nf4"), m.get("double_quant", True), getattr(torch, dtype), said.get("data", {}).get("system_prompt"))
 
-# %% ../nbs/16_merge.ipynb #16merge029
+# %% ../nbs/16_merge.ipynb #16merge030
 def unpacked(
     module:nn.Module, # linear of the model; its weight may be packed
     value:nn.Parameter, # that weight
@@ -125,7 +126,7 @@ def in_file(
     "Turn a weight back."
     return W.T if issubclass(getattr(module, "source_cls", type(module)), Conv1D) else W
 
-# %% ../nbs/16_merge.ipynb #16merge031
+# %% ../nbs/16_merge.ipynb #16merge032
 def check_updates(
     places:list, # `slots` of the model
     updates:dict[str,Update], # from `read_adapter`
@@ -140,7 +141,7 @@ def check_updates(
         if (update.B.shape[0], update.A.shape[1]) != (out, into):
             raise UserError(f"adapter: its update of {name} is {update.B.shape[0]} × {update.A.shape[1]}, this base has {out} × {into}; merge onto the base that it was trained on")
 
-# %% ../nbs/16_merge.ipynb #16merge033
+# %% ../nbs/16_merge.ipynb #16merge034
 def merged_tensors(
     model:nn.Module, # `skeleton` of the base as training saw it
     tensors:Tensors, # the base's checkpoint
@@ -166,7 +167,7 @@ def merged_tensors(
         yield keys[0], value.data.to("cpu", dtype if value.is_floating_point() else value.dtype).contiguous()
         module.quant_state = None
 
-# %% ../nbs/16_merge.ipynb #16merge035
+# %% ../nbs/16_merge.ipynb #16merge036
 def write_shards(
     named:Iterable[tuple[str,Tensor]], # names and tensors
     folder:Path, # empty
@@ -187,7 +188,7 @@ def write_shards(
     places = {key: name for name, keys in zip(names, files) for key in keys}
     if len(files) > 1: (folder/INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": places}, indent=1))
 
-# %% ../nbs/16_merge.ipynb #16merge038
+# %% ../nbs/16_merge.ipynb #16merge039
 def write_settings(
     model:nn.Module, # `skeleton` of the base
     trained:Trained, # where base and adapter are
@@ -204,7 +205,7 @@ def write_settings(
     generation = {"pad_token_id": pad} | read("generation_config.json") | {"eos_token_id": ends if len(ends) > 1 else ends[0]}
     for name, values in (("config.json", config), ("generation_config.json", generation)): (folder/name).write_text(json.dumps(values, indent=2, ensure_ascii=False), encoding="utf-8")
 
-# %% ../nbs/16_merge.ipynb #16merge040
+# %% ../nbs/16_merge.ipynb #16merge041
 DTYPES = ("bfloat16", "float16", "float32")
 
 def base_model(
@@ -218,7 +219,22 @@ def base_model(
         raise UserError(f"onto: received original, but {trained.base} exists in 4 bits only; use quantized")
     return skeleton(trained.base, None, torch.float32, "cpu")
 
-# %% ../nbs/16_merge.ipynb #16merge042
+# %% ../nbs/16_merge.ipynb #16merge043
+@contextmanager
+def unfinished(
+    out:Path, # must not exist
+)->Iterator[Path]: # an empty folder beside it, which gets its name in the end
+    "A folder that appears whole or not at all; `UserError` if its name is taken."
+    part = out.with_name(f".{out.name}.part")
+    if out.exists(): raise UserError(f"{out} exists; name a folder that does not exist yet")
+    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
+    try:
+        yield part
+        if out.exists(): raise UserError(f"{out} has appeared meanwhile; name a folder that does not exist yet")
+        part.rename(out)
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/16_merge.ipynb #16merge045
 def merge(
     target:str|Path, # run folder or adapter folder
     out:str|Path, # receives the model; must not exist
@@ -229,23 +245,17 @@ def merge(
     quiet:bool=False, # no progress bar
 )->Path: # `out`
     "Add an adapter to its base and write a plain model, whole or not at all. Errors: `UserError`."
-    out = Path(out).absolute()
-    part = out.with_name(f".{out.name}.part")
-    if out.exists(): raise UserError(f"{out} exists; name a folder that does not exist yet")
     if dtype not in DTYPES: raise UserError(f"dtype: received {dtype!r}; allowed are {', '.join(DTYPES)}")
-    trained = find_trained(target)
-    updates, model, digest = read_adapter(trained.adapter), base_model(trained, onto), hashlib.sha256()
-    shutil.rmtree(part, ignore_errors=True); part.mkdir(parents=True)
-    try:
-        check_room(model, getattr(torch, dtype), part)
+    out, wide, digest, trained = Path(out).absolute(), getattr(torch, dtype), hashlib.sha256(), find_trained(target)
+    updates, model = read_adapter(trained.adapter), base_model(trained, onto)
+    with unfinished(out) as part:
+        check_room(model, wide, part)
         write_settings(model, trained, dtype, part)
-        write_shards(merged_tensors(model, Tensors(trained.base), updates, getattr(torch, dtype), device, digest, quiet), part, limit)
+        write_shards(merged_tensors(model, Tensors(trained.base), updates, wide, device, digest, quiet), part, limit)
         check_hash(trained, digest.hexdigest())
-        if out.exists(): raise UserError(f"{out} has appeared meanwhile; name a folder that does not exist yet")
-        return part.rename(out)
-    finally: shutil.rmtree(part, ignore_errors=True)
+    return out
 
-# %% ../nbs/16_merge.ipynb #16merge044
+# %% ../nbs/16_merge.ipynb #16merge047
 def check_room(
     model:nn.Module, dtype:torch.dtype, folder:Path, # what is to be written, and where
 )->None: # `UserError` if the disk has less room

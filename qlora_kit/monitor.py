@@ -29,6 +29,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .data import UserError
+from .tokens import in_notebook
 
 # %% ../nbs/10_monitor.ipynb #10monitor008
 GB = 2**30 # bytes; the kit's only unit of memory
@@ -182,7 +183,7 @@ def live_figures(
 
 # %% ../nbs/10_monitor.ipynb #10monitor052
 class Bar:
-    "For a terminal: one line that is redrawn, with the time left."
+    "For a terminal or a notebook: one line that is redrawn, with the time left."
     def __init__(self,
         total:int, # optimizer steps in the whole run
         start:int=0, # steps already taken, on resume
@@ -231,8 +232,9 @@ def open_display(
     stream, # where to show it
     every:float, # seconds between two plain lines
 ) -> Bar|PlainLines:
-    "A bar where the stream is a terminal, plain lines where it is not."
-    return Bar(total, start, stream) if stream.isatty() else PlainLines(total, start, stream, every)
+    "A bar where lines can be redrawn, plain lines where they cannot."
+    redraws = stream.isatty() or stream is sys.stderr and in_notebook()
+    return Bar(total, start, stream) if redraws else PlainLines(total, start, stream, every)
 
 # %% ../nbs/10_monitor.ipynb #10monitor059
 class MetricsFile:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FALLBACK_TEMPLATE', 'TEMPLATES', 'ENDS', 'LOSS_ON', 'Example', 'read_template', 'ensure_template', 'Rewritten',
            'answer_span', 'mark_answers', 'prompt_text', 'mark_last', 'targets_of', 'encode', 'Html', 'show_targets',
-           'target_text', 'prompt_ids', 'encode_turns', 'encode_text', 'progress', 'encode_all', 'ExampleFile',
-           'encode_stream']
+           'target_text', 'prompt_ids', 'encode_turns', 'encode_text', 'in_notebook', 'progress', 'encode_all',
+           'ExampleFile', 'encode_stream']
 
 # %% ../nbs/01_tokens.ipynb #01tokens002
 import os, re, sys, warnings
@@ -316,15 +316,18 @@ def encode_text(tokenizer:PreTrainedTokenizerBase, text:str, max_length:int|None
     return [Example(part, [False] + [True]*(len(part)-1), where) for part in parts]
 
 # %% ../nbs/01_tokens.ipynb #01tokens093
+def in_notebook()->bool:
+    "Is this Python the kernel of a notebook that somebody has open?"
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None
+
 def progress(
     items:Iterable, # what to go through
     what:str, # the work, as "tokenizing"
     quiet:bool=False, # True: never draw
 )->Iterable: # the same items
     "Go through `items` with a bar that is there only while it is of use."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    watched = sys.stderr.isatty() or getattr(shell, "kernel", None) is not None
-    if quiet or not watched or os.environ.get("RANK", "0") != "0": return items
+    if quiet or not (sys.stderr.isatty() or in_notebook()) or os.environ.get("RANK", "0") != "0": return items
     with warnings.catch_warnings(action="ignore"): from tqdm.auto import tqdm # chooses between terminal and notebook, and says so
     return tqdm(items, what, delay=1, leave=False, dynamic_ncols=True, file=sys.stderr)
 

@@ -119,7 +119,7 @@ class Careful:
             if not self.failed: self.say(f"{self.name} failed and is left alone from here on ({type(e).__name__}: {e}); metrics.jsonl has every record")
             self.failed = True
 
-# %% ../nbs/10b_trackers.ipynb #10btrackers027
+# %% ../nbs/10b_trackers.ipynb #10btrackers028
 TRACKERS = {"tensorboard":TensorBoard, "trackio":Trackio, "wandb":Wandb}
 
 def open_tracker(

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['REASONS', 'WORDS', 'lr_at', 'Plan', 'make_plan', 'Job', 'read_rows', 'row_reader', 'load_questions', 'load_examples',
            'encode_rows', 'make_feed', 'compute_dtype', 'adapter_base', 'users_model', 'kits_model', 'build_model',
-           'check_choices', 'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'fit', 'check_walls',
-           'evaluate_step', 'state_of', 'heartbeat', 'end_reason', 'requests', 'Stopped', 'Signals', 'launchers',
-           'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run', 'environment', 'answer',
-           'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit', 'forecast', 'Result', 'train',
-           'open_run', 'choose_run', 'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'limit_waiting', 'open_log',
-           'smaller', 'finish', 'ask_last', 'summarize', 'show_first_batch']
+           'check_choices', 'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'Step', 'take_step', 'Meter',
+           'fit', 'check_walls', 'evaluate_step', 'state_of', 'heartbeat', 'end_reason', 'requests', 'Stopped',
+           'Signals', 'launchers', 'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run',
+           'environment', 'answer', 'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit', 'choose_rungs',
+           'forecast', 'Result', 'train', 'open_run', 'choose_run', 'keep_step', 'lost_ranks', 'end_badly', 'hushed',
+           'limit_waiting', 'open_log', 'smaller', 'finish', 'ask_last', 'summarize', 'show_first_batch']
 
 # %% ../nbs/15_train.ipynb #15train002
 import importlib.metadata as metadata
 import json, logging, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -31,14 +31,15 @@ from .batches import Feed, attend_documents, check_packing, row_weights, target_
 from .checkpoint import State, check_names, check_resume, checkpoint_info, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step, share_step
 from .config import RunConfig, call_with, config_yaml, load_hook, looks_like_path
 from .data import Again, UserError, given_conversations, held_out, load_conversations, split, stream_conversations
-from .engine import DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
+from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
 from .evaluate import evaluate_loss, score_answers
 from .generate import dequantized, generate
 from .linear import fast_linears
 from .loader import cache_folder, load_model, load_tokenizer, read_config, resolve_base
-from .lora import STARTS, VARIANTS, add_lora, check_init, load_adapter, recompute_layers, save_adapter
+from .ladder import RUNGS, climb, in_words
+from .lora import STARTS, VARIANTS, add_lora, check_init, load_adapter, save_adapter
 from .loss import LossModel
-from .memory import Setup, fit_card, smallest_change
+from .memory import Setup, fill_card, fit_card, parse_size, rungs_of, smallest_change
 from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requests, truncate_metrics, write_state
 from .pointwise import fast_pointwise
 from .sharded import cast_trained, load_sharded
@@ -221,12 +222,13 @@ def build_model(cfg:RunConfig, # the run
     device:str="cpu", # where it will live
     base:Path=Path("."), # folder of the config file
     zero:dict|None=None, # complete DeepSpeed config
+    rungs:str|tuple="none", # of the ladder: for all layers, or for each
     )->PeftModel: # ready to be trained
     "The user's model or the kit's, with the fast forms of what lies inside."
     model = users_model(cfg, folder, device, base) if cfg.model.create_model else kits_model(cfg, folder, device, zero)
-    if cfg.training.recompute == "layer": recompute_layers(model)
     fast_linears(model)
     fast_pointwise(model)
+    climb(model, rungs)
     return model
 
 # %% ../nbs/15_train.ipynb #15train035
@@ -255,7 +257,7 @@ def deepspeed_config(cfg:RunConfig, # the run
     if not deepspeed and place.ranks == 1: return None
     t, z, dtype = cfg.training, cfg.deepspeed, compute_dtype(cfg.training.dtype, place.device)
     config = zero_config(z.stage, t.batch_size, t.gradient_accumulation_steps, t.max_grad_norm, dtype, hidden_size, z.offload_param, z.offload_optimizer,
-                         z.nvme_path, cfg.model.quant_storage, z.overlap_comm, t.recompute == "layer")
+                         z.nvme_path, cfg.model.quant_storage, z.overlap_comm, t.recompute not in ("dense", "none", "pointwise"))
     said = {"stage": "stage", "overlap_comm": "overlap_comm", "offload_param": "offload_param.device", "offload_optimizer": "offload_optimizer.device"}
     fixed = tuple(f"zero_optimization.{said[key]}" for key in said if key in z.model_fields_set)
     if deepspeed: config = resolve(read_deepspeed(deepspeed), config, str(deepspeed), fixed)
@@ -289,6 +291,56 @@ class RunFailed(RuntimeError):
     "The run cannot go on; its last checkpoint is valid. The message is for the person, in one line."
 
 # %% ../nbs/15_train.ipynb #15train043
+@dataclass
+class Step:
+    "A step that is under way: its numbers may not be there yet."
+    number: int    # from 1
+    rows: int      # of all ranks
+    tokens: int    # of all ranks, padding not counted
+    targets: float # of all ranks, or the sum of their weights
+    lr: float
+    numbers: Numbers # summed loss of this rank, norm of the gradient
+    skipped: bool  # by fp16
+
+# %% ../nbs/15_train.ipynb #15train044
+def take_step(job:Job, engine, step:int)->Step: # step: from 0
+    "Gradients of all micro-batches, and the update."
+    t = job.cfg.training
+    seed_step(t.seed, step, engine.rank)
+    parts, (rows, tokens) = list(job.feed.batches(step, engine.rank)), job.feed.count(step)
+    n, loss_sum = engine.total(sum(map(target_weight, parts))), 0.0
+    for i, batch in enumerate(parts):
+        loss = engine.forward(batch)
+        engine.backward(loss, n, last=i == len(parts)-1)
+        loss_sum = loss_sum + loss.detach().double() # on the device: reading it would wait for the card
+    lr = lr_at(step, job.plan.total, t.learning_rate, t.lr_scheduler, t.warmup_ratio)
+    norm = engine.step(lr)
+    return Step(step+1, rows, tokens, n, lr, Numbers(loss_sum, norm), engine.skipped)
+
+# %% ../nbs/15_train.ipynb #15train046
+class Meter:
+    "Reads steps, refuses numbers that are none, and logs."
+    def __init__(self, job:Job, engine, monitor): self.job, self.engine, self.monitor = job, engine, monitor; self.start()
+    def start(self): self.clock, self.tokens, self.rows = time.monotonic(), 0, 0
+
+    def read(self, done:Step)->tuple[float, float]: # mean loss, norm of the gradient; `RunFailed` if one is not finite
+        "Look at a step."
+        loss, norm = done.numbers.read()
+        loss, lr = self.engine.total(loss)/done.targets, self.job.cfg.training.learning_rate
+        if not math.isfinite(loss): raise RunFailed(f"the loss is {loss} at step {done.number}; start a new run with a lower training.learning_rate (now {lr})")
+        if not math.isfinite(norm) and not done.skipped: raise RunFailed(f"a gradient is {norm} at step {done.number}; start a new run with a lower training.learning_rate (now {lr})")
+        return loss, norm
+
+    def log(self, done:Step, loss:float, norm:float, seen:int, record:dict={}, always:bool=False): # seen: tokens since the run began; record: what an evaluation found
+        "Write a line of metrics, if it is time for one."
+        self.tokens, self.rows, spent = self.tokens+done.tokens, self.rows+done.rows, time.monotonic()-self.clock
+        if not (record or always or done.number % self.job.cfg.training.logging_steps == 0): return
+        self.monitor.log({"step": done.number, "epoch": round(done.number/self.job.plan.per_epoch, 4), "loss": loss, "lr": done.lr, "grad_norm": norm if math.isfinite(norm) else None,
+                          "tokens": seen, "tokens_per_s": self.tokens/spent, "samples_per_s": self.rows/spent, **record})
+        heartbeat(self.job, self.engine)
+        if done.number % self.job.cfg.training.logging_steps == 0: self.start()
+
+# %% ../nbs/15_train.ipynb #15train047
 def fit(job:Job, # what to train on
     engine, # `forward`, `backward`, `step`, `total`
     monitor, # `log`
@@ -296,36 +348,23 @@ def fit(job:Job, # what to train on
     signals, # collects SIGINT and SIGTERM
     )->str: # why it ended: done, early_stop, stop, SIGINT or SIGTERM
     "The training loop."
-    t, plan = job.cfg.training, job.plan
-    clock, seen, rows_seen = time.monotonic(), 0, 0
+    plan, meter, before = job.plan, Meter(job, engine, monitor), None
     for step in range(progress.step, plan.total):
-        seed_step(t.seed, step, engine.rank)
-        parts, (rows, tokens) = list(job.feed.batches(step, engine.rank)), job.feed.count(step)
-        n, loss_sum = engine.total(sum(map(target_weight, parts))), 0.0
-        for i, batch in enumerate(parts):
-            loss = engine.forward(batch)
-            engine.backward(loss, n, last=i == len(parts)-1)
-            loss_sum += loss.item()
-        loss, lr = engine.total(loss_sum)/n, lr_at(step, plan.total, t.learning_rate, t.lr_scheduler, t.warmup_ratio)
-        if not math.isfinite(loss): raise RunFailed(f"the loss is {loss} at step {step+1}; start a new run with a lower training.learning_rate (now {t.learning_rate})")
-        norm, spent = engine.step(lr), time.monotonic()-clock
-        if not math.isfinite(norm) and not engine.skipped: raise RunFailed(f"a gradient is {norm} at step {step+1}; start a new run with a lower training.learning_rate (now {t.learning_rate})")
-        progress.step, progress.tokens = step+1, progress.tokens+tokens
-        seen, rows_seen = seen+tokens, rows_seen+rows
-        last, record = step+1 == plan.total, {}
-        if job.val and (last or (step+1) % plan.eval_every == 0): record = evaluate_step(job, engine, progress)
+        now = take_step(job, engine, step)
+        if before: meter.log(before, *meter.read(before), progress.tokens)
+        before, progress.step, progress.tokens = now, step+1, progress.tokens+now.tokens
+        last, evaluate = step+1 == plan.total, job.val and (step+1 == plan.total or (step+1) % plan.eval_every == 0)
+        numbers = meter.read(now) if evaluate else None
+        record = evaluate_step(job, engine, progress) if evaluate else {}
         end = end_reason(job, engine, progress, signals) or ("done" if last else None)
-        if record or end or (step+1) % t.logging_steps == 0:
-            monitor.log({"step": step+1, "epoch": round((step+1)/plan.per_epoch, 4), "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None, "tokens": progress.tokens,
-                         "tokens_per_s": seen/spent, "samples_per_s": rows_seen/spent, **record})
-            heartbeat(job, engine)
         best = record and progress.best_step == step+1
-        if end or best or (step+1) % plan.save_every == 0 or "save" in requests(job, engine): save(job, engine, progress)
+        keep = end or best or (step+1) % plan.save_every == 0 or "save" in requests(job, engine)
+        if evaluate or keep: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
+        if keep: save(job, engine, progress)
         if end: return end
-        if (step+1) % t.logging_steps == 0: clock, seen, rows_seen = time.monotonic(), 0, 0
     return "done"
 
-# %% ../nbs/15_train.ipynb #15train045
+# %% ../nbs/15_train.ipynb #15train049
 def check_walls(job:Job, engine)->None:
     "A packed run begins only if its model keeps documents apart."
     if not job.feed.capacity: return
@@ -334,7 +373,7 @@ def check_walls(job:Job, engine)->None:
     try: check_packing(engine.forward, 1e-5 if compute_dtype(job.cfg.training.dtype, job.device) == "float32" else 1e-2)
     finally: engine.module.train(training)
 
-# %% ../nbs/15_train.ipynb #15train046
+# %% ../nbs/15_train.ipynb #15train050
 def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     "Loss on the validation examples; remembers the best."
     t, feed = job.cfg.training, job.feed
@@ -348,7 +387,7 @@ def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
     else: progress.waiting += 1
     return {"val_loss": loss}
 
-# %% ../nbs/15_train.ipynb #15train048
+# %% ../nbs/15_train.ipynb #15train052
 def state_of(run:Path)->str: # one word, from state.json; "" without one
     "What the run says of itself."
     try: return json.loads((run/"state.json").read_text(encoding="utf-8"))["state"]
@@ -358,7 +397,7 @@ def heartbeat(job:Job, engine)->None:
     "Say that the run is alive, unless a rank has said otherwise."
     if engine.rank == 0 and state_of(job.run) == "running": write_state(job.run, "running", total=job.plan.total)
 
-# %% ../nbs/15_train.ipynb #15train050
+# %% ../nbs/15_train.ipynb #15train054
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")
 
 def end_reason(job:Job, engine, progress:Progress, signals)->str|None: # one of REASONS; None: go on
@@ -375,7 +414,7 @@ def requests(job:Job, engine)->set: # names of files that lie in control/, the s
     if asked and engine.rank == 0: clear_requests(job.run, ["save"])
     return {"save"} if asked else set()
 
-# %% ../nbs/15_train.ipynb #15train052
+# %% ../nbs/15_train.ipynb #15train056
 class Stopped(BaseException):
     "The run was told to end where nothing is to be saved; the message is SIGINT or SIGTERM."
 
@@ -395,7 +434,7 @@ class Signals(list):
     def __exit__(self, *_):
         for s, handler in self.before.items(): signal.signal(s, handler)
 
-# %% ../nbs/15_train.ipynb #15train054
+# %% ../nbs/15_train.ipynb #15train058
 def launchers()->list: # (child, parent) process numbers that must stay as they are; empty without a launcher
     "The line from this rank up to the command that started it."
     me, parent = os.getpid(), psutil.Process(os.getppid())
@@ -408,7 +447,7 @@ def intact(links:list)->bool: # from `launchers`
     try: return all(psutil.Process(child).ppid() == parent for child, parent in links)
     except psutil.NoSuchProcess: return False
 
-# %% ../nbs/15_train.ipynb #15train056
+# %% ../nbs/15_train.ipynb #15train060
 def watch_launcher(links:list, every:float=1.0)->None: # from `launchers`; seconds between two looks
     "End this process by SIGTERM, and so the run after its step, once a launcher is gone."
     def watch():
@@ -416,7 +455,7 @@ def watch_launcher(links:list, every:float=1.0)->None: # from `launchers`; secon
         os.kill(os.getpid(), signal.SIGTERM)
     if links: threading.Thread(target=watch, daemon=True).start()
 
-# %% ../nbs/15_train.ipynb #15train061
+# %% ../nbs/15_train.ipynb #15train065
 def save(job:Job, engine, progress:Progress)->None:
     "Write a checkpoint."
     tensors = engine.state()
@@ -432,12 +471,12 @@ def restore(job:Job, engine, checkpoint:Path)->Progress: # where the run stands
     engine.load(state.tensors, state.step)
     return Progress(**state.info["progress"])
 
-# %% ../nbs/15_train.ipynb #15train066
+# %% ../nbs/15_train.ipynb #15train070
 def make_job(cfg:RunConfig, # the run
     run:Path, # run folder
     place:Place=None, # this process among the ranks; None: alone
     base:Path=Path("."), # folder of the config file
-    expect=None, # asked before the model is loaded: the model's folder, tokens of the longest row → GB
+    expect=None, # asked before the model is loaded: the model's folder, tokens of the longest row → GB, rungs
     deepspeed:str|None=None, # path of a DeepSpeed file
     )->Job:
     "Rows, tokens, model: everything that the loop needs, what is cheap to check first."
@@ -447,13 +486,13 @@ def make_job(cfg:RunConfig, # the run
     weights = row_weights((c for part in rows for c in part), cfg.data.weight_field) if cfg.data.weight_field else None
     feed = make_feed(cfg, train, tokenizer.pad_token_id, place.ranks, weights)
     if feed.capacity: notes.append(f"{len(train)} training rows share {feed.sequences} sequences of {feed.capacity} tokens, which are {sum(feed.lengths)/feed.sequences/feed.capacity:.1%} full")
-    predicted = expect(folder, feed.capacity or max(feed.lengths, default=0)) if expect else None
+    predicted, rungs = expect(folder, feed.capacity or max(feed.lengths, default=0)) if expect else (None, "none")
     zero = deepspeed_config(cfg, place, read_config(folder).hidden_size, deepspeed) if deepspeed or place.ranks > 1 else None
-    model = build_model(cfg, folder, place.device, base, zero)
+    model = build_model(cfg, folder, place.device, base, zero, rungs)
     if feed.capacity and place.device != "cpu": attend_documents(model)
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, feed, val, make_plan(cfg.training, feed.sequences, place.ranks), notes, predicted)
 
-# %% ../nbs/15_train.ipynb #15train072
+# %% ../nbs/15_train.ipynb #15train076
 def new_run(cfg:RunConfig, # the run
     name:str, # stem of the config file
     )->Path: # a folder that did not exist before
@@ -472,7 +511,7 @@ def newest_run(cfg:RunConfig, name:str)->Path: # the run that `--resume` without
     if not found: raise UserError(f"--resume: no run with a checkpoint at {first}; start one without --resume, or name the run folder")
     return max(found, key=lambda p: p.stat().st_mtime).resolve()
 
-# %% ../nbs/15_train.ipynb #15train074
+# %% ../nbs/15_train.ipynb #15train078
 def environment(cfg:RunConfig, place:Place)->dict: # for environment.json
     "What one needs to know to repeat this run elsewhere."
     kit = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed", "qlora_kit")
@@ -486,7 +525,7 @@ def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
-# %% ../nbs/15_train.ipynb #15train076
+# %% ../nbs/15_train.ipynb #15train080
 def answer(job:Job, engine, which:str)->float|None: # which: before or after; the share of right answers, None if not asked for
     "Put the questions of `data.score_file`, write the answers to answers.json, return the score."
     d = job.cfg.data
@@ -503,7 +542,7 @@ def dequantized_if_local(job:Job, engine): # a context manager
     "Dense weights decode faster on a CPU, but sharded ones must stay packed."
     return dequantized(job.model) if engine.ranks == 1 and job.device == "cpu" and isinstance(engine, LocalEngine) else nullcontext(job.model)
 
-# %% ../nbs/15_train.ipynb #15train078
+# %% ../nbs/15_train.ipynb #15train082
 def _keep_answers(path, rows, references, which, answers):
     "One entry per question: prompt, reference, meta, and the answers so far."
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [
@@ -517,7 +556,7 @@ def _score_kept(path, which):
     kept = json.loads(path.read_text(encoding="utf-8"))
     return score_answers([e[which] for e in kept], [e["reference"] for e in kept]) if all(which in e for e in kept) else None
 
-# %% ../nbs/15_train.ipynb #15train080
+# %% ../nbs/15_train.ipynb #15train084
 def memory_setup(cfg:RunConfig, # the run
     model:str, # folder with config.json, or the name of a well-known shape
     device:str="cuda", ranks:int=1, # of the run
@@ -529,20 +568,20 @@ def memory_setup(cfg:RunConfig, # the run
     file = read_deepspeed(deepspeed).get("zero_optimization", {}) if deepspeed else {}
     away = {k: file.get(k, {}).get("device", getattr(z, k)) if several else "none" for k in ("offload_param", "offload_optimizer")}
     stage = (file.get("stage", z.stage) if file.get("stage") != "auto" else z.stage) if several else 0
-    return Setup(str(model), t.batch_size, length or t.max_length, cfg.data.packing != "none", t.gradient_accumulation_steps, t.recompute == "layer", m.lora_r,
+    return Setup(str(model), t.batch_size, length or t.max_length, cfg.data.packing != "none", t.gradient_accumulation_steps, t.recompute if t.recompute in RUNGS else "none", m.lora_r,
                  m.target_modules if isinstance(m.target_modules, str) else tuple(m.target_modules), tuple(m.rank_pattern.items()), m.lora_variant, m.lora_dropout,
                  quant_type=m.quant_type, double_quant=m.double_quant, optimizer=t.optimizer, dtype=compute_dtype(t.dtype, device.split(":")[0]),
                  device=device.split(":")[0], ranks=ranks, stage=stage, answers=cfg.data.score != "none" and not several, **away)
 
-# %% ../nbs/15_train.ipynb #15train082
+# %% ../nbs/15_train.ipynb #15train086
 WORDS = {"batch": "training.batch_size=", "accumulation": "training.gradient_accumulation_steps=", "length": "training.max_length=", "recompute": "training.recompute=",
          "stage": "deepspeed.stage=", "offload_param": "deepspeed.offload_param=", "offload_optimizer": "deepspeed.offload_optimizer=", "ranks": "--ranks "}
 
 def as_words(change:dict)->str: # from `smallest_change`; for the command line
     "Settings of a `Setup` in the words of a config."
-    return " ".join(f"{WORDS[name]}{'layer' if value is True else value}" for name, value in change.items())
+    return " ".join(f"{WORDS[name]}{value}" for name, value in change.items())
 
-# %% ../nbs/15_train.ipynb #15train085
+# %% ../nbs/15_train.ipynb #15train089
 def memory_limit(place:Place)->int: # bytes for one rank
     "What there is."
     local = next((int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if k in os.environ), 1)
@@ -551,24 +590,36 @@ def memory_limit(place:Place)->int: # bytes for one rank
     if place.ranks > 1: torch.distributed.broadcast_object_list(found, src=0)
     return found[0]
 
-# %% ../nbs/15_train.ipynb #15train087
+# %% ../nbs/15_train.ipynb #15train091
+def choose_rungs(setup:Setup,
+    recompute:str, # a rung, auto, or a size such as 40GB
+    limit:int, # bytes for one rank
+    )->Setup: # on these rungs
+    "Do what `training.recompute` says."
+    if recompute in RUNGS: return replace(setup, recompute=recompute)
+    if recompute == "auto": return fill_card(setup, limit//2 if setup.device == "cpu" else limit)
+    return fill_card(setup, min(limit, parse_size(recompute)), margin=0)
+
+# %% ../nbs/15_train.ipynb #15train093
 def forecast(cfg:RunConfig, place:Place, deepspeed, force:bool, # start all the same
-    say, log, folder:Path, length:int)->float|None: # GB at the peak, as `memory_gb` counts them
+    say, log, folder:Path, length:int)->tuple[float|None, str|tuple]: # GB at the peak, as `memory_gb` counts them; rungs of the layers
     "Say what a run will need; `UserError` with the smallest change if there is less."
-    if cfg.model.create_model or cfg.model.start_adapter: return None
-    limit, kind = memory_limit(place), place.device.split(":")[0]
-    try: fit = fit_card(memory_setup(cfg, folder, kind, place.ranks, deepspeed, length), limit, margin=0)
+    wish, kind = cfg.training.recompute, place.device.split(":")[0]
+    unknown = None, wish if wish in RUNGS else "layer"
+    if cfg.model.create_model or cfg.model.start_adapter: return unknown
+    limit = memory_limit(place)
+    try: fit = fit_card(choose_rungs(memory_setup(cfg, folder, kind, place.ranks, deepspeed, length), wish, limit), limit, margin=0)
     except UserError: raise
-    except Exception as e: log.info("no memory prediction: %r", e); return None
+    except Exception as e: log.info("no memory prediction: %r", e); return unknown
     parts = fit.prediction
-    say(f"memory: {parts.peak/2**30:.2f} GB predicted at the peak ({parts.when}), {fit.need/2**30:.2f} needed of {limit/2**30:.1f} GB")
+    say(f"memory: {parts.peak/2**30:.2f} GB predicted at the peak ({parts.when}), {fit.need/2**30:.2f} needed of {limit/2**30:.1f} GB; layers: {in_words(rungs_of(fit.setup))}")
     if not fit.fits and not force:
         found = smallest_change(fit.setup, limit, margin=0)
         raise UserError(f"this run needs {fit.need/2**30:.1f} GB {'of the machine' if kind == 'cpu' else 'on each card'} and there are {limit/2**30:.1f}; "
                         f"{'try ' + as_words(found[0]) if found else 'no single run of this model fits'}, or --force to start it all the same")
-    return (memory_gb("cpu")[0] if kind == "cpu" else 0) + parts.peak/2**30
+    return (memory_gb("cpu")[0] if kind == "cpu" else 0) + parts.peak/2**30, rungs_of(fit.setup)
 
-# %% ../nbs/15_train.ipynb #15train089
+# %% ../nbs/15_train.ipynb #15train095
 @dataclass
 class Result:
     "How a run ended."
@@ -576,7 +627,7 @@ class Result:
     status: str # done, early_stop, stop, SIGINT or SIGTERM
     summary: dict
 
-# %% ../nbs/15_train.ipynb #15train091
+# %% ../nbs/15_train.ipynb #15train097
 def train(cfg:RunConfig, # the run
     name:str="run", # names the run folder
     resume:str|bool=False, # True: the newest run of this name; or a run folder
@@ -605,7 +656,7 @@ def train(cfg:RunConfig, # the run
             log.exception("ended")
             raise end_badly(cfg, run, checkpoint, place, e, signals)
 
-# %% ../nbs/15_train.ipynb #15train093
+# %% ../nbs/15_train.ipynb #15train099
 def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
     "Choose folder and checkpoint on rank 0, and tell the others."
     choice = [None]
@@ -621,7 +672,7 @@ def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|Non
     if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): (told/"run").write_text(str(run))
     return run, checkpoint
 
-# %% ../nbs/15_train.ipynb #15train095
+# %% ../nbs/15_train.ipynb #15train101
 def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
     "A new folder, or one whose run can go on with these settings and ranks."
     if not resume: run, checkpoint = new_run(cfg, name), None
@@ -635,7 +686,7 @@ def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|Non
     write_state(run, "running")
     return run, checkpoint
 
-# %% ../nbs/15_train.ipynb #15train097
+# %% ../nbs/15_train.ipynb #15train103
 def keep_step(cfg:RunConfig, # settings now
     checkpoint:Path, # of the run that goes on
     ranks:int, # W now
@@ -649,7 +700,7 @@ def keep_step(cfg:RunConfig, # settings now
     cfg.training.batch_size, cfg.training.gradient_accumulation_steps = share_step(size, ranks, t.batch_size)
     return cfg
 
-# %% ../nbs/15_train.ipynb #15train099
+# %% ../nbs/15_train.ipynb #15train105
 def lost_ranks(run:Path)->list: # of this host
     "Ranks whose process is gone."
     def gone(pid):
@@ -658,7 +709,7 @@ def lost_ranks(run:Path)->list: # of this host
     said = {int(p.stem.split("-")[1]): p.read_text().split() for p in (run/"logs").glob("rank-*.pid")}
     return sorted(rank for rank, (host, pid) in said.items() if host == socket.gethostname() and gone(int(pid)))
 
-# %% ../nbs/15_train.ipynb #15train101
+# %% ../nbs/15_train.ipynb #15train107
 def end_badly(cfg:RunConfig, run:Path, checkpoint:Path|None, place:Place, e:BaseException, signals=())->BaseException: # for the caller to raise
     "Write down how the run ended, if this is the rank to do it."
     if place.rank: time.sleep(0.5)
@@ -677,7 +728,7 @@ def hushed(e:BaseException, yes:bool=True)->BaseException:
     e.hushed = yes
     return e
 
-# %% ../nbs/15_train.ipynb #15train103
+# %% ../nbs/15_train.ipynb #15train109
 def limit_waiting()->None:
     "Let every message between ranks fail after QLORA_KIT_TIMEOUT seconds, if that is set."
     seconds, distributed = os.environ.get("QLORA_KIT_TIMEOUT"), torch.distributed.distributed_c10d
@@ -686,7 +737,7 @@ def limit_waiting()->None:
     except ValueError: raise UserError(f"QLORA_KIT_TIMEOUT is {seconds!r}; give a number of seconds, e.g. 600") from None
     for group in list(distributed._world.pg_map): distributed._set_pg_timeout(limit, group)
 
-# %% ../nbs/15_train.ipynb #15train104
+# %% ../nbs/15_train.ipynb #15train110
 def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     "logs/rank-N.log; with `debug` every library may speak."
     (run/"logs").mkdir(exist_ok=True)
@@ -699,15 +750,15 @@ def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     log.setLevel(logging.DEBUG if debug else logging.INFO)
     return log
 
-# %% ../nbs/15_train.ipynb #15train106
+# %% ../nbs/15_train.ipynb #15train112
 def smaller(cfg:RunConfig)->str: # advice after running out of memory
     "The smallest change that takes less memory and trains the same."
     t = cfg.training
-    if t.recompute == "none": return "try training.recompute=layer"
+    if t.recompute not in ("layer", "host"): return "try training.recompute=layer"
     if t.batch_size % 2 == 0: return f"try training.batch_size={t.batch_size//2} training.gradient_accumulation_steps={t.gradient_accumulation_steps*2}"
     return f"try training.max_length={t.max_length//2}"
 
-# %% ../nbs/15_train.ipynb #15train109
+# %% ../nbs/15_train.ipynb #15train115
 def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, log, signals):
     rank0, say = place.rank == 0, (lambda text: None) if quiet or place.rank else (lambda text: print(text, file=sys.stderr))
     if checkpoint: cfg = keep_step(cfg, checkpoint, place.ranks)
@@ -734,7 +785,7 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     finally: monitor.close()
     return finish(job, engine, progress, status, before, log, signals)
 
-# %% ../nbs/15_train.ipynb #15train111
+# %% ../nbs/15_train.ipynb #15train117
 def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=())->Result:
     "Adapter, summary, score."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
@@ -751,14 +802,14 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=
     log.info("ended: %s", result.summary)
     return result
 
-# %% ../nbs/15_train.ipynb #15train113
+# %% ../nbs/15_train.ipynb #15train119
 def ask_last(job:Job, engine, signals)->float|None: # the score after training
     "From here on a signal ends the run at once; one that came since the last step counts as well."
     if engine.total(len(signals)): raise Stopped(signals[-1] if signals else "SIGTERM")
     if isinstance(signals, Signals): signals.at_once = True
     return answer(job, engine, "after")
 
-# %% ../nbs/15_train.ipynb #15train115
+# %% ../nbs/15_train.ipynb #15train121
 def summarize(job:Job, engine, progress:Progress, status:str, before, after=None)->Result:
     "Write summary.json."
     records = read_metrics(job.run)
@@ -768,7 +819,7 @@ def summarize(job:Job, engine, progress:Progress, status:str, before, after=None
     if engine.rank == 0: (job.run/"summary.json").write_text(json.dumps(summary, indent=2))
     return Result(job.run, status, summary)
 
-# %% ../nbs/15_train.ipynb #15train117
+# %% ../nbs/15_train.ipynb #15train123
 def show_first_batch(job:Job)->None:
     "Print the first rows as the loss sees them."
     from rich import print as show

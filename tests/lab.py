@@ -1,24 +1,21 @@
-"""JupyterLab without a screen, driven by Playwright: the fixture `lab` for tests with the marker `browser`.
+"""JupyterLab without a screen, driven by Playwright; for test_browser.py and screenshots.py.
 
-    from lab import lab  # noqa: F401
-
-    pytestmark = pytest.mark.browser
-
-    def test_it(lab):
+    with jupyter(home, folder) as lab:
         page = lab.open("cells", ["1 + 1", "2 + 2"])
         page.run(0)
         page.output(0).get_by_text("2").wait_for()
 """
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
-import pytest
 
 CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 ANNOUNCEMENTS = "@jupyterlab/apputils-extension:announcements"
@@ -48,9 +45,12 @@ class Notebook:
         self.ran(i, seconds)
 
     def ran(self, i, seconds=SECONDS):
-        self.tab.wait_for_function(
-            "([i]) => /\\[\\d+\\]/.test([...document.querySelectorAll('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-Cell')][i].querySelector('.jp-InputPrompt').textContent)",
-            arg=[i], timeout=1000 * seconds)
+        """Wait until a cell has a number; an error in any cell ends the test at once."""
+        self.until(lambda: re.search(r"\[\d+\]", self.cell(i).locator(".jp-InputPrompt").inner_text()) or self.errors().count(), seconds)
+        assert not self.errors().count(), self.errors().first.inner_text()
+
+    def errors(self):
+        return self.tab.locator(".jp-NotebookPanel:visible [data-mime-type='application/vnd.jupyter.error']")
 
     def run_all(self, seconds=SECONDS):
         """Run every cell; the last one must hold code."""
@@ -110,20 +110,19 @@ class Lab:
         return notebook
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab on an empty folder, with settings of its own."""
+@contextmanager
+def jupyter(home, folder):
+    """JupyterLab on `folder`, with settings of its own in `home`, and a browser."""
     from playwright.sync_api import sync_playwright
 
     from qlora_kit.engine import free_port
 
-    home, folder, port = tmp_path_factory.mktemp("jupyter"), tmp_path_factory.mktemp("notebooks"), free_port()
+    port, settings = free_port(), home / "settings"
     (home / "labconfig").mkdir()
     (home / "labconfig/page_config.json").write_text(json.dumps({"disabledExtensions": {ANNOUNCEMENTS: True}}))
-    settings = home / "settings"
     env = {**os.environ, "JUPYTER_CONFIG_DIR": str(home), "JUPYTER_DATA_DIR": str(home / "data"), "JUPYTER_RUNTIME_DIR": str(home / "runtime"),
            "JUPYTERLAB_SETTINGS_DIR": str(settings), "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces"), "IPYTHONDIR": str(home / "ipython"),
-           "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+           "IN_TEST": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # IN_TEST: the last cell of a page exports nothing; threads that share a core with others wait for each other
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", "--expose-app-in-browser",
                f"--ServerApp.root_dir={folder}", "--ServerApp.port_retries=0"]
     with (home / "log").open("wb") as log:

@@ -63,18 +63,18 @@ def train(setup, watch):
 
     from qlora_kit.engine import LocalEngine, make_optimizer
     from qlora_kit.linear import fast_linears
-    from qlora_kit.lora import add_lora, recompute_layers
+    from qlora_kit.ladder import climb
+    from qlora_kit.lora import add_lora
     from qlora_kit.loss import LossModel
     from qlora_kit.memory import shape_text, stand_in
     from qlora_kit.pointwise import fast_pointwise
 
     model = stand_in(shape_text(setup.base_model), setup.quant_type, setup.double_quant, getattr(torch, setup.dtype), setup.device)
-    if setup.recompute:
-        recompute_layers(model)
     model = add_lora(model, setup.r, 32, setup.dropout, seed=0)
     if setup.fast:
         fast_linears(model)
         fast_pointwise(model)
+    climb(model, setup.recompute)
     module = LossModel(model).to(setup.device)
     engine = LocalEngine(module, make_optimizer(module), 1.0, setup.device)
     engine.module.train()

@@ -222,6 +222,17 @@ def test_watch_without_a_notebook_is_a_table(tmp_path):
         watch(tmp_path / "nothing")
 
 
+def test_watch_in_a_notebook_is_live_where_widgets_are_installed(tmp_path, monkeypatch):
+    write_state(tmp_path, "done")
+    monkeypatch.setattr(dashboard, "in_notebook", lambda: True)
+    assert isinstance(board := watch(tmp_path), Dashboard)
+    board.close()
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    assert isinstance(watch(tmp_path), Overview)
+    with pytest.raises(UserError, match="pip install ipywidgets"):
+        Dashboard(tmp_path)
+
+
 def lasts(thread, seconds=10):
     thread.join(seconds)
     return thread.is_alive()

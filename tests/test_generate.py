@@ -125,7 +125,7 @@ def test_dequantized_computes_in_the_layers_own_dtype(packed):
 
 
 def test_dequantized_decodes_once(packed, monkeypatch):
-    import qlora_kit.generate as module
+    import qlora_kit.linear as module
     calls = []
     monkeypatch.setattr(module, "dequantize_4bit", lambda *a, f=module.dequantize_4bit: calls.append(1) or f(*a))
     model = packed()

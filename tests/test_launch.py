@@ -184,6 +184,15 @@ def test_ranks_that_outlive_one_of_them_are_killed(pretend, tmp_path):
     assert run.wait(grace=1) == 1 and family(tmp_path) == []
 
 
+def test_a_helper_of_a_run_without_a_launcher_is_no_rank(tmp_path):
+    """Under DeepSpeed one process sets RANK for itself; what it starts then inherits it, and may end long before the run does."""
+    from qlora_kit.launch import Launched, launch_environment
+
+    script = "import os, subprocess, time; os.environ['RANK'] = '0'; subprocess.run(['sleep', '1']); time.sleep(4)"
+    run = Launched(["qlora-kit"], 1, tmp_path, subprocess.Popen([sys.executable, "-c", script], env=launch_environment(1, tmp_path)))
+    assert run.wait(grace=1) == 0
+
+
 def test_asked_again_everything_is_killed(pretend, tmp_path):
     from qlora_kit.launch import family
 

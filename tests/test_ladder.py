@@ -1,0 +1,136 @@
+"""The rungs: same numbers on each, less memory from one to the next."""
+import gc
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from qlora_kit import ladder
+from qlora_kit.ladder import RUNGS, Away, HostMemory, climb, decoder_layers, in_words
+from qlora_kit.linear import fast_linears
+from qlora_kit.loader import load_model
+from qlora_kit.lora import add_lora, lora_parameters
+from qlora_kit.pointwise import fast_pointwise
+
+IDS = torch.randint(4, 64, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def tuned(folder, dropout=0.0, device="cpu", dtype=torch.float32):
+    model = add_lora(load_model(folder, device=device, dtype=dtype), r=4, alpha=8, dropout=dropout, seed=0).train()
+    for name, p in lora_parameters(model).items():
+        if ".lora_B." in name:
+            p.data.copy_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    fast_linears(model)
+    fast_pointwise(model)
+    return model
+
+
+def step(model):
+    model.zero_grad()
+    torch.manual_seed(0)
+    ids = IDS.to(next(model.parameters()).device)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in lora_parameters(model).values())]
+
+
+def kept(model):
+    """Bytes that autograd keeps beside the weights."""
+    known, found = {x.untyped_storage().data_ptr() for x in [*model.parameters(), *model.buffers()]}, {}
+
+    def keep(x):
+        found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(keep, lambda x: x):
+        model.get_base_model().model(input_ids=IDS)
+    return sum(n for place, n in found.items() if place not in known)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_every_rung_gives_the_same_bits(tiny_llama, dropout):
+    model = tuned(tiny_llama, dropout)
+    expected = step(model)
+    for rungs in (*RUNGS, ladder.ladder(len(decoder_layers(model)), 3 * len(decoder_layers(model)) - 1)):
+        climb(model, rungs)
+        assert all(map(torch.equal, step(model), expected)), rungs
+    assert all("forward" not in vars(m) for m in decoder_layers(model)) or in_words(rungs) != "none"
+
+
+def test_each_rung_keeps_less(tiny_llama):
+    model, sizes = tuned(tiny_llama), []
+    for rung in RUNGS[1:5]:
+        climb(model, rung)
+        sizes.append(kept(model))
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+
+
+def test_climbing_back_leaves_nothing(tiny_llama):
+    model = tuned(tiny_llama)
+    before = {name: vars(m).get("forward") for name, m in model.named_modules()}
+    for rung in ("dense", "mlp", "layer", "host", "none"):
+        climb(model, rung)
+    assert {name: vars(m).get("forward") for name, m in model.named_modules()} == before
+    assert not any(m.remake or m.dense is not None for m in model.modules() if isinstance(m, Linear4bit))
+
+
+def test_a_dense_rung_decodes_nothing(tiny_llama, monkeypatch):
+    model = tuned(tiny_llama)
+    climb(model, "dense")
+    monkeypatch.setattr("qlora_kit.linear.dequantize_4bit", lambda *a, **k: pytest.fail("decoded"))
+    step(model)
+
+
+def test_rungs_go_down_layer_by_layer():
+    walks = [ladder.ladder(3, n) for n in range(16)]
+    assert walks[0] == ("dense",) * 3 and walks[4] == ("pointwise", "none", "none") and walks[15] == ("host",) * 3
+    for a, b in zip(walks, walks[1:]):
+        assert sum(RUNGS.index(y) - RUNGS.index(x) for x, y in zip(a, b)) == 1
+        assert [RUNGS.index(r) for r in b] == sorted((RUNGS.index(r) for r in b), reverse=True)
+    assert in_words(walks[4]) == "2 none, 1 pointwise"
+
+
+def test_wrong_rungs_are_refused(tiny_llama):
+    with pytest.raises(ValueError):
+        climb(tuned(tiny_llama), ["none"])
+
+
+def test_a_hidden_state_that_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch):
+    """On a CPU the way to the host is played: sending copies, and the storage of what was sent must be gone when the forward pass ends."""
+    sent = []
+
+    class Played(HostMemory):
+        def send(self, x):
+            sent.append(StorageWeakRef(x.untyped_storage()))
+            return Away(x.clone(), x.device, None)
+
+        def fetch(self, away):
+            return away.host
+
+        def takes(self, x):
+            return True
+
+    monkeypatch.setattr(ladder, "HostMemory", Played)
+    model = tuned(tiny_llama)
+    expected = step(model)
+    climb(model, "host")
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    gc.collect()
+    assert len(sent) == len(decoder_layers(model)) and all(ref.expired() for ref in sent)
+    loss.backward()
+    assert all(map(torch.equal, [loss.detach(), *(p.grad for p in lora_parameters(model).values())], expected))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rungs_on_a_card(tiny_llama):
+    """The same bits on every rung, host memory included, several steps in a row."""
+    model = tuned(tiny_llama, device="cuda", dtype=torch.bfloat16)
+    expected = step(model)
+    for rung in RUNGS:
+        climb(model, rung)
+        for _ in range(3):
+            torch.testing.assert_close(step(model), expected, rtol=2e-2, atol=1e-3)  # atomic sums of the loss come in any order
