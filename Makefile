@@ -33,7 +33,7 @@ test: install ops ## every notebook, every unit test, and the check that noteboo
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
 
-test-tutorials: install ops ## the five tutorials, with real runs and launches (about seven minutes)
+test-tutorials: install ops ## the five tutorials, with real runs and launches (about nine minutes)
 	$(BIN)/python -m pytest -q -m tutorials tests
 
 test-browser: install ops ## widgets in a real JupyterLab in a real browser

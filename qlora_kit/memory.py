@@ -377,7 +377,8 @@ def gathered(setup:Setup)->tuple[int, int]: # bytes during the loss, during a la
     a = anatomy(setup)
     if setup.stage < 3 or setup.ranks == 1 and setup.offload_param == "none": return 0, 0
     layer = (sum(a.packed) + sum(a.other) + a.itemsize*sum(a.adapter))/a.layers
-    return max(a.wide), int(min(2, a.layers)*layer)
+    whole = 1 if setup.offload_param == "none" else 1 + 1/setup.ranks # a share that waits elsewhere is fetched before it is gathered
+    return int(max(a.wide)*whole), int(min(2, a.layers)*layer*whole)
 
 # %% ../nbs/07_memory.ipynb #07memory063
 def rungs_of(setup:Setup)->tuple: # L names

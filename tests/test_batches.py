@@ -8,7 +8,7 @@ from qlora_kit import batches
 from qlora_kit.batches import (Feed, attend_documents, best_fit, check_packing, count_targets, document_attention, document_mask, epoch_plan, global_batch,
                                micro_batches, pack, pad, row_weights, shuffled, target_weight, whole)
 from qlora_kit.data import Conversation, UserError
-from qlora_kit.loss import LossModel
+from qlora_kit.loss import LossModel, target_loss
 from qlora_kit.tokens import Example
 
 SIZES = list(itertools.product((1, 2, 3, 5), (1, 2, 3, 7), (1, 2, 3, 8)))  # batch_size, accumulation, ranks
@@ -231,9 +231,13 @@ def test_packed_is_each_document_alone(name):
 
 
 def test_a_mask_of_ones_takes_the_walls_away():
-    model = LossModel(family("llama"))
-    ones = lambda b: model(b["input_ids"], torch.ones_like(b["input_ids"]), b["labels"], position_ids=b["position_ids"])
-    with pytest.raises(UserError, match="looks across documents"): check_packing(ones)
+    model = family("llama")
+    def plain(b):
+        hidden = model.model(input_ids=b["input_ids"], attention_mask=torch.ones_like(b["input_ids"]), position_ids=b["position_ids"])[0]
+        return target_loss(hidden, b["labels"], model.lm_head)[0]
+    with pytest.raises(UserError, match="looks across documents"): check_packing(plain)
+    ours = LossModel(model)
+    check_packing(lambda b: ours(b["input_ids"], torch.ones_like(b["input_ids"]), b["labels"], position_ids=b["position_ids"])) # hands no mask on
 
 
 def loop(q, k, v, starts, starts_k, T, T_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):

@@ -14,6 +14,7 @@ def test_tutorial(page, monkeypatch, tmp_path, one_thread):  # noqa: F811
 
     pd.reset_option("display.max_colwidth")  # a page before this one may have changed it
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # for what it launches; as in `one_thread`, and two threads that share a core with a neighbour are slower than one
     check_page(page, monkeypatch)
 
 

@@ -1,0 +1,78 @@
+"""Speed and memory of each rung of the ladder, random weights of a known shape on one card: python nbs/studies/ladder_speed.py [--shape NAME] [--batch B] [--out FILE]
+
+A step is forward, backward, clipping and AdamW; it is waited for, and the median of eight counts, after three that warm up. One JSON line for each rung."""
+import argparse
+import json
+import time
+from dataclasses import replace
+from datetime import date
+from importlib.metadata import version
+
+import torch
+
+from qlora_kit.engine import LocalEngine, make_optimizer
+from qlora_kit.ladder import RUNGS, climb, in_words
+from qlora_kit.linear import fast_linears
+from qlora_kit.lora import add_lora
+from qlora_kit.loss import LossModel
+from qlora_kit.memory import GB, Setup, fill_card, predict, shape_text, stand_in
+from qlora_kit.pointwise import fast_pointwise
+
+
+def build(setup):
+    """A model of random weights with LoRA of rank 16 on all linears, and its engine."""
+    model = add_lora(stand_in(shape_text(setup.base_model), dtype=getattr(torch, setup.dtype), device=setup.device), setup.r, 32, 0.0, seed=0)
+    fast_linears(model)
+    fast_pointwise(model)
+    module = LossModel(model).to(setup.device).train()
+    return model, LocalEngine(module, make_optimizer(module), 1.0, setup.device)
+
+
+def measure(model, engine, setup, rungs, steps=8, warm=3):
+    """Seconds of the median step, and the peak in bytes."""
+    climb(model, rungs)
+    cuda = setup.device == "cuda"
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    ids = torch.randint(model.config.vocab_size, (setup.batch, setup.length), generator=torch.Generator().manual_seed(0))
+    times = []
+    for _ in range(warm + steps):
+        start = time.perf_counter()
+        engine.backward(engine.forward(dict(input_ids=ids, labels=ids)), ids.numel())
+        engine.step(1e-4)
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times[warm:])[steps // 2], torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def main():
+    ask = argparse.ArgumentParser()
+    ask.add_argument("--shape", default="llama-3.1-8b")
+    ask.add_argument("--batch", type=int, default=4)
+    ask.add_argument("--length", type=int, default=2048)
+    ask.add_argument("--rungs", default=",".join(("auto", *RUNGS)))
+    ask.add_argument("--out")
+    a = ask.parse_args()
+    cuda = torch.cuda.is_available()
+    setup = Setup(a.shape, a.batch, a.length, device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32")
+    model, engine = build(setup)
+    about = dict(card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")})
+    for rung in a.rungs.split(","):
+        chosen = fill_card(setup, torch.cuda.get_device_properties(0).total_memory if cuda else 2**33) if rung == "auto" else replace(setup, recompute=rung)
+        line = dict(shape=a.shape, batch=a.batch, length=a.length, rung=rung, predicted_gb=predict(chosen).peak / GB, **about)
+        try:
+            seconds, peak = measure(model, engine, setup, chosen.recompute)
+            line |= dict(layers=in_words(chosen.recompute) if rung == "auto" else rung, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
+        except torch.OutOfMemoryError:
+            line |= dict(layers="more than the card has")
+            engine.optimizer.zero_grad()
+        print(json.dumps(line), flush=True)
+        if a.out:
+            with open(a.out, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
