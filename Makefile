@@ -28,7 +28,7 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
 test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
-	$(BIN)/python -m pytest -q -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from .linear import decoded
 from .loss import split_model
 
 # %% ../nbs/06b_ladder.ipynb #06bladder009
@@ -137,8 +136,7 @@ def set_rung(
     unwrap(layer)
     for linear in layer.modules():
         if not isinstance(linear, Linear4bit): continue
-        linear.remake = rung in ("pointwise", "mlp")
-        linear.dense = decoded(linear, linear.weight.quant_state.dtype) if rung == "dense" else None
+        linear.remake, linear.dense = rung in ("pointwise", "mlp"), rung == "dense"
     if rung == "mlp" and (mlp := mlp_of(layer)) is not None: wrap(mlp, recomputed)
     if rung == "layer": wrap(layer, recomputed)
     if rung == "host": wrap(layer, partial(kept_away, memory))

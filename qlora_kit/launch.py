@@ -8,7 +8,7 @@ __all__ = ['app', 'Overrides', 'ASSETS', 'GRAIN', 'CODES', 'kit_requirement', 'r
            'traffic_times', 'show_plan', 'spell_resume', 'train', 'quiet_libraries', 'report', 'launch_command',
            'which_cards', 'read_hosts', 'launch_environment', 'family', 'ranks_of', 'Launched', 'launch',
            'die_with_parent', 'pass_on', 'wait', 'lives', 'exit_code', 'launch_cli', 'attend', 'open_run',
-           'device_here', 'generate', 'chat', 'typed_lines', 'held_out_rows', 'evaluate', 'merge', 'run_app',
+           'device_here', 'generate', 'chat', 'typed_lines', 'held_out_rows', 'evaluate', 'merge', 'bench', 'run_app',
            'end_process', 'main', 'train_script', 'inference_script']
 
 # %% ../nbs/17_launch.ipynb #17launch002
@@ -626,6 +626,32 @@ def merge(target: Annotated[str, typer.Argument(help="Run folder or adapter fold
     print(_short(write(target, out, onto, dtype, device_here())))
 
 # %% ../nbs/17_launch.ipynb #17launch073
+@app.command()
+def bench(shape: Annotated[str, typer.Option(help="tiny, smollm2-135m, llama-3.2-1b, llama-3.1-8b, qwen2.5-32b or llama-3.1-70b; the weights are random")] = "llama-3.1-8b",
+    batch: Annotated[str, typer.Option(help="Sequences x tokens of each")] = "4x2048",
+    steps: Annotated[int, typer.Option(min=1, help="Timed, after three that warm up")] = 8,
+    rank: Annotated[int, typer.Option(min=1, help="Of the adapter")] = 16,
+    against: Annotated[str | None, typer.Option(help="Of plain,unsloth,liger,trl; all that are installed if left out")] = None,
+    recompute: Annotated[str, typer.Option(help="The kit's lines: auto, or rungs of the ladder")] = "auto,layer,host",
+    rows: Annotated[str | None, typer.Option(help="A file of real rows, to measure packed training too")] = None,
+    fields: Annotated[str, typer.Option(help="Its columns, e.g. prompt=question,completion=answer")] = "",
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or embedded model whose tokenizer to take; one is trained on the rows if left out")] = None,
+    load: Annotated[bool, typer.Option("--load", help="Compare the loading of the checkpoint too")] = False,
+    out: Annotated[Path | None, typer.Option(help="File that gets a JSON line for each line of the table")] = None,
+    peers_path: Annotated[Path | None, typer.Option(help="Folder with the peers' packages, seen by their processes only")] = None,
+    workdir: Annotated[Path | None, typer.Option(help="Folder that keeps the checkpoint and the logs; a temporary one if left out")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a line is given up")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of tables")] = False,
+):
+    "Measure the kit and its peers on this card.\n\nExample: qlora-kit bench --shape llama-3.1-8b --batch 4x2048 --out results.jsonl"
+    from qlora_kit.bench import bench as measure, in_short, tables
+    say = lambda line: print(json.dumps(line) if as_json else in_short(line), file=sys.stdout if as_json else sys.stderr, flush=True)
+    found, right = measure(shape, batch, steps, rank, against, recompute, rows, fields, tokenizer, load, out, peers_path, workdir, timeout, say)
+    from rich.console import Console
+    for table in [] if as_json else tables(found): Console(highlight=False).print(table)
+    return 0 if right else 1
+
+# %% ../nbs/17_launch.ipynb #17launch075
 def run_app(argv:list)->int: # words of the command line → exit code
     "Run a command and translate how it ended."
     from qlora_kit.data import UserError
@@ -657,10 +683,10 @@ def main()->None:
     "The console script `qlora-kit`."
     sys.exit(run_app(sys.argv[1:]))
 
-# %% ../nbs/17_launch.ipynb #17launch075
+# %% ../nbs/17_launch.ipynb #17launch077
 if __name__ == "__main__": main()
 
-# %% ../nbs/17_launch.ipynb #17launch079
+# %% ../nbs/17_launch.ipynb #17launch081
 def train_script(argv:list)->int: # words after `scripts/train.py` → exit code
     "`train` with the project's own config unless another is named."
     named = [w for w in argv if w.endswith((".yaml", ".yml"))]

@@ -320,8 +320,8 @@ def layer_input(setup:Setup)->int: # bytes
 
 def trace_rung(setup:Setup, rung:str)->Trace: # as if all layers were on it
     "Trace a rung."
-    t = trace(replace(setup, recompute={"dense": "none", "host": "layer"}.get(rung, rung)))
-    if rung == "dense": return replace(t, backward=t.backward - t.wide, wide=0)
+    t = trace(replace(setup, recompute="layer" if rung == "host" else rung))
+    if rung == "dense": return replace(t, wide=0)
     if rung != "host" or setup.device == "cpu": return t
     x, L = layer_input(setup), anatomy(setup).layers
     return replace(t, layer={"inputs": sum(t.layer.values()) - x}, kept=t.kept - L*x, loss=t.loss + 2*x, backward=t.backward + 2*x)
@@ -357,7 +357,7 @@ def resident(setup:Setup)->tuple[dict, dict]: # name → bytes on the card, and 
     "What is there from the first step to the last."
     a, s = anatomy(setup), setup
     here = {"packed weights": share(a.packed, s, 1), "scales": a.scales, "embedding and head": share(a.wide, s, a.itemsize),
-            "norms and other plain weights": share(a.other, s, a.itemsize), "decoded weights": 2*sum(a.packed)*a.itemsize*rungs_of(s).count("dense")//a.layers, **trained_bytes(s)}
+            "norms and other plain weights": share(a.other, s, a.itemsize), **trained_bytes(s)}
     moved = ["packed weights", "embedding and head", "norms and other plain weights", "adapter"] if s.offload_param != "none" else []
     moved += ["gradients", "optimizer"] if s.offload_optimizer != "none" else []
     away = rungs_of(s).count("host")*layer_input(s) if s.device == "cuda" else 0
@@ -430,7 +430,7 @@ def predict(setup:Setup)->Prediction:
                "backward": {**base, "gradients": late, "kept activations": kept, "working tensors": t.backward - t.wide, "gather buffers": pair,
                             "workspace": t.wide + blas},
                "step": {**here, "workspace": blas + (0 if s.offload_optimizer != "none" else one)}}
-    if s.answers and s.device == "cpu": moments["answers"] = {**weights, "adapter": here["adapter"], "decoded weights": here["decoded weights"], "dense weights": 2*sum(a.packed)*a.itemsize - here["decoded weights"]}
+    if s.answers and s.device == "cpu": moments["answers"] = {**weights, "adapter": here["adapter"], "dense weights": 2*sum(a.packed)*a.itemsize}
     return Prediction(moments, elsewhere)
 
 # %% ../nbs/07_memory.ipynb #07memory068

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch, yaml
-from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Params4bit
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
@@ -27,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 # %% ../nbs/16_merge.ipynb #16merge004
 from .data import UserError
 from .generate import stop_ids
+from .linear import unpack
 from .loader import (INDEX, Tensors, check_tied, finish, load_tokenizer, make_tensor, match_names, quantization_config, read_config, resolve_base,
                               saved_quantization, skeleton, slots)
 from .lora import BASE_CHANGING
@@ -117,7 +117,7 @@ def unpacked(
     value:nn.Parameter, # that weight
 )->Tensor: # [out, in] fp32
     "The matrix that a linear multiplied with in training."
-    if isinstance(value, Params4bit): return dequantize_4bit(value.data, value.quant_state).float()
+    if isinstance(value, Params4bit): return unpack(value.data, value.quant_state).float()
     return (value.data.T if isinstance(module, Conv1D) else value.data).float()
 
 def in_file(

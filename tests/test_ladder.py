@@ -7,7 +7,7 @@ from bitsandbytes.nn import Linear4bit
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from qlora_kit import ladder
+from qlora_kit import ladder, linear
 from qlora_kit.ladder import RUNGS, Away, HostMemory, climb, decoder_layers, in_words
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import load_model
@@ -73,14 +73,18 @@ def test_climbing_back_leaves_nothing(tiny_llama):
     for rung in ("dense", "mlp", "layer", "host", "none"):
         climb(model, rung)
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == before
-    assert not any(m.remake or m.dense is not None for m in model.modules() if isinstance(m, Linear4bit))
+    assert not any(m.remake or m.dense for m in model.modules() if isinstance(m, Linear4bit))
 
 
-def test_a_dense_rung_decodes_nothing(tiny_llama, monkeypatch):
-    model = tuned(tiny_llama)
-    climb(model, "dense")
-    monkeypatch.setattr("qlora_kit.linear.dequantize_4bit", lambda *a, **k: pytest.fail("decoded"))
-    step(model)
+def test_a_dense_rung_decodes_once_and_keeps_it(tiny_llama, monkeypatch):
+    model, decoded = tuned(tiny_llama), []
+    monkeypatch.setattr("qlora_kit.linear.unpack", lambda packed, state, own=linear.unpack: decoded.append(packed) or own(packed, state))
+    linears = sum(isinstance(m, Linear4bit) for m in model.modules())
+    for rung, times in (("dense", linears), ("none", 2*linears - 3)):  # nobody wants the gradient of the first layer's input
+        climb(model, rung)
+        decoded.clear()
+        step(model)
+        assert len(decoded) == times
 
 
 def test_rungs_go_down_layer_by_layer():

@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config)
 
-from qlora_kit import linear
+from qlora_kit import linear, nf4
 from qlora_kit.engine import free_port
 from qlora_kit.generate import dequantized
 from qlora_kit.linear import FourBitLinears, Part, four_bit_linears, bench_linears, decoded, fast_linears, plain_linears, shared_inputs
@@ -136,6 +136,15 @@ def test_fp32_masters_in_a_bf16_model(folders):
     fast_linears(model)
     ours = flat(model)
     assert ours.dtype == torch.float32 and (ours - truth).norm() < 1.2*(theirs - truth).norm() < 0.2*truth.norm()
+
+
+@pytest.mark.parametrize("width", (32, 64, 96, 102))
+def test_rows_of_any_width_decode_with_their_own_scales(width):
+    """The packed bytes are one run of blocks of 64; a row may end inside of one."""
+    layer = Linear4bit(width, 48)
+    W = torch.randn(48, width, generator=torch.manual_seed(0))
+    layer.weight = Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=False).to("cpu")
+    assert torch.equal(decoded(layer, torch.float32), nf4.dequantize(nf4.quantize(W)))
 
 
 def test_no_copy_of_an_input_is_kept(folders):

@@ -118,7 +118,7 @@ def test_kept_activations_are_those_that_autograd_keeps(shape, rung):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         split_model(model)[0](input_ids=torch.zeros(2, 64, dtype=torch.int64), use_cache=False)
     expected = sum(kept.values())
-    assert trace_rung(s, rung).kept == pytest.approx(expected, rel=0.03, abs=1.3 * 2 * 64 * 64 * 4)  # beside what is saved live the ids and the output
+    assert trace_rung(s, rung).kept == pytest.approx(expected, rel=0.03, abs=2.3 * 2 * 64 * 64 * 4)  # beside what is saved live the ids, the embedded tokens (in a recipe) and the output
 
 
 def test_predicting_leaves_no_trace(tiny_llama):

@@ -44,7 +44,7 @@ def test_every_block_size_full_short_and_zero(dtype, block_size):
 def test_full_blocks_multiply_by_the_inverse():
     edges = torch.nn.functional.pad(middles, (0, 1), value=1.).repeat(4) * (torch.rand(20_000, 1, generator=torch.manual_seed(0)) + 0.01)
     assert_equal(edges.reshape(-1))
-    assert_equal(edges.reshape(160, -1).T)
+    assert_equal(edges.reshape(128, -1).T)  # rows of whole blocks: bitsandbytes 0.50.2 decodes others wrongly on CPUs with AVX-512
 
 
 def test_short_last_block_divides():

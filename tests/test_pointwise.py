@@ -40,14 +40,6 @@ MASK = torch.ones_like(IDS); MASK[1, 9:] = 0
 EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7}  # some ten roundings; bf16: of results and gradients, 2⁻⁹ each, some twice
 
 
-@pytest.fixture(autouse=True)
-def restored():
-    yield
-    for module in [m for name, m in sys.modules.items() if name.startswith("transformers.models.")]:
-        function = vars(module).get("apply_rotary_pos_emb")
-        if getattr(function, "func", None) is pointwise._rotary: module.apply_rotary_pos_emb = function.args[0]
-
-
 def model_of(family, dtype=torch.float32):
     "Random weights, norms away from one; norms and embeddings frozen, the rest trained."
     torch.manual_seed(0)
