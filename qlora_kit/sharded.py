@@ -249,7 +249,7 @@ def load_sharded(
     init = zero_init(zero_config, dtype)
     with together(init.local_device):
         model = skeleton(Path(folder), quantization_config(quant_type, double_quant, quant_storage, dtype), dtype, init.local_device)
-        tensors = Tensors(Path(folder))
+        tensors = Tensors(Path(folder), init.local_device)
         found = find_tensors(model, tensors, init.rank, init.dp_world_size, init.local_device)
         counts = [count_scales(slot, keys, tensors) for slot, keys in found]
     for a, b in batches(counts): load_batch(found[a:b], counts[a:b], tensors, init)
