@@ -6,13 +6,13 @@
 __all__ = ['CARDS', 'TINY', 'LARGEST', 'CHATML', 'ROW', 'TARGETS', 'MODELS', 'SMALL', 'TASKS', 'IMPORTS', 'PACKAGES',
            'CONTESTANTS', 'SETTINGS', 'KEPT', 'COLUMNS', 'product_weights', 'head_size', 'flops_per_token', 'mfu',
            'wait_for_card', 'stretch', 'watched', 'device', 'numbers', 'random_ids', 'RandomFeed', 'shape_of',
-           'bf16_bytes', 'write_checkpoint', 'copy_layer', 'write_tokenizer', 'other_tokenizer', 'write_rows',
-           'kit_config', 'forecaster', 'kit_tokens', 'kit_step', 'large_model', 'kit_rows', 'nf4_model', 'peft_config',
-           'plain_model', 'unsloth_model', 'peer_tokens', 'plain_step', 'sft_settings', 'sft_rows', 'sft',
-           'time_trainer', 'count_rows', 'loading', 'small_pair', 'fill_reference', 'allowed', 'check', 'farthest',
-           'product_rate', 'prepare', 'child', 'versions', 'card', 'Child', 'start', 'finish', 'last_line',
+           'bf16_bytes', 'weights_folder', 'write_checkpoint', 'copy_layer', 'write_tokenizer', 'other_tokenizer',
+           'write_rows', 'kit_config', 'forecaster', 'kit_tokens', 'kit_step', 'large_model', 'kit_rows', 'nf4_model',
+           'peft_config', 'plain_model', 'unsloth_model', 'peer_tokens', 'plain_step', 'sft_settings', 'sft_rows',
+           'sft', 'time_trainer', 'count_rows', 'loading', 'small_pair', 'fill_reference', 'allowed', 'check',
+           'farthest', 'product_rate', 'prepare', 'child', 'versions', 'card', 'Child', 'start', 'finish', 'last_line',
            'Contestant', 'lines', 'measure', 'installed', 'missing', 'line_of', 'ratios', 'cells', 'other_loss',
-           'tables', 'parse_batch', 'parse_names', 'bench', 'parse_fields', 'check_room', 'collect', 'shlex_join',
+           'tables', 'parse_batch', 'parse_names', 'parse_fields', 'bench', 'check_room', 'collect', 'shlex_join',
            'in_short']
 
 # %% ../nbs/18_bench.ipynb #18bench002
@@ -35,15 +35,16 @@ def product_weights(shape:dict, # a model's config.json
     Q, K = (shape[f"num_{kind}_heads"]*head_size(shape) for kind in ("attention", "key_value"))
     return L*(2*D*Q + 2*D*K + 3*D*F) + shape["vocab_size"]*D
 
+# %% ../nbs/18_bench.ipynb #18bench008
 def head_size(shape:dict)->int: # of one attention head
     return shape.get("head_dim") or shape["hidden_size"]//shape["num_attention_heads"]
 
-# %% ../nbs/18_bench.ipynb #18bench008
+# %% ../nbs/18_bench.ipynb #18bench010
 def flops_per_token(shape:dict, T:int)->float: # T: tokens of a sequence
     "Additions and multiplications that a training step needs for each token, nothing computed twice."
     return 4*product_weights(shape) + 6*T*shape["num_attention_heads"]*head_size(shape)*shape["num_hidden_layers"]
 
-# %% ../nbs/18_bench.ipynb #18bench012
+# %% ../nbs/18_bench.ipynb #18bench014
 CARDS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71} # 10¹² a second, dense bf16, by the makers' data sheets
 
 def mfu(shape:dict, T:int, tokens_per_s:float,
@@ -53,7 +54,7 @@ def mfu(shape:dict, T:int, tokens_per_s:float,
     peak = next((peak for name, peak in CARDS.items() if name in card), None)
     return tokens_per_s*flops_per_token(shape, T)/(peak*1e12) if peak else None
 
-# %% ../nbs/18_bench.ipynb #18bench017
+# %% ../nbs/18_bench.ipynb #18bench019
 def wait_for_card()->None:
     "Until the card has done what was ordered."
     import torch
@@ -69,7 +70,7 @@ def stretch(step, # number of a step → function that fetches its loss
     wait_for_card(); seconds = (time.perf_counter() - start)/steps
     return dict(seconds=seconds, first_loss=losses[0](), last_loss=losses[-1]())
 
-# %% ../nbs/18_bench.ipynb #18bench020
+# %% ../nbs/18_bench.ipynb #18bench022
 def watched(run, *args)->dict: # what `run` returns, and `peak_gb` (None without a card)
     "Run with the card's peak counted from here."
     import gc, torch
@@ -78,6 +79,7 @@ def watched(run, *args)->dict: # what `run` returns, and `peak_gb` (None without
     result = run(*args)
     return result | dict(peak_gb=torch.cuda.max_memory_allocated()/2**30 if torch.cuda.is_available() else None)
 
+# %% ../nbs/18_bench.ipynb #18bench024
 def device()->str: # cuda or cpu
     import torch
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,7 +89,7 @@ def numbers(): # a torch dtype
     import torch
     return torch.bfloat16 if device() == "cuda" else torch.float32
 
-# %% ../nbs/18_bench.ipynb #18bench022
+# %% ../nbs/18_bench.ipynb #18bench026
 def random_ids(vocab:int, B:int, T:int, step:int): # int64 [B,T], on the CPU
     "The batch of a step, the same for everybody."
     import torch
@@ -101,7 +103,7 @@ class RandomFeed:
     def batches(self, step:int, rank:int=0): ids = random_ids(self.vocab, self.B, self.T, step); yield dict(input_ids=ids, labels=ids)
     def count(self, step:int)->tuple: return self.B, self.B*self.T
 
-# %% ../nbs/18_bench.ipynb #18bench025
+# %% ../nbs/18_bench.ipynb #18bench029
 TINY = dict(model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
 LARGEST = 40e9 # bytes of bf16 weights that are still written
 
@@ -115,17 +117,20 @@ def shape_of(name:str)->dict: # the contents of a config.json; `UserError` for a
     return shape | dict(architectures=[family[shape["model_type"]]], max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0,
                         pad_token_id=0, bos_token_id=1, eos_token_id=2, dtype="bfloat16")
 
+# %% ../nbs/18_bench.ipynb #18bench031
 def bf16_bytes(shape:dict)->int: # norms left out
     return 2*(product_weights(shape) + (not shape["tie_word_embeddings"])*shape["vocab_size"]*shape["hidden_size"])
 
-# %% ../nbs/18_bench.ipynb #18bench026
+def weights_folder(place:Path, shape:str)->Path: # shape: a name
+    return place/f"weights-{bf16_bytes(shape_of(shape))}"
+
+# %% ../nbs/18_bench.ipynb #18bench032
 def write_checkpoint(folder:Path, shape:dict)->None: # does nothing where it stands already
     "A bf16 checkpoint of random weights, one file for each layer."
     import torch
     from safetensors.torch import save_file
     from qlora_kit.memory import stand_in
     if (folder/"shape.json").exists() and json.loads((folder/"shape.json").read_text()) == shape: return
-    for old in folder.glob("*"): old.unlink()
     torch.manual_seed(0)
     model = stand_in(json.dumps(shape), "none", dtype=torch.bfloat16, device=device(), keep=1)
     model.config.save_pretrained(folder)
@@ -140,7 +145,7 @@ def write_checkpoint(folder:Path, shape:dict)->None: # does nothing where it sta
     (folder/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
     (folder/"shape.json").write_text(json.dumps(shape))
 
-# %% ../nbs/18_bench.ipynb #18bench028
+# %% ../nbs/18_bench.ipynb #18bench034
 def copy_layer(folder:Path, raw:bytes, # layer 0's file
     i:int)->None: # number of the new layer
     "Layer 0 under the names of layer i."
@@ -151,9 +156,9 @@ def copy_layer(folder:Path, raw:bytes, # layer 0's file
         file.write(len(header).to_bytes(8, "little") + header)
         file.write(memoryview(raw)[8 + n:])
 
-# %% ../nbs/18_bench.ipynb #18bench030
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+# %% ../nbs/18_bench.ipynb #18bench036
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 
 def write_tokenizer(folder:Path, texts:list, # what it learns from
     vocab:int, # tokens of the model
@@ -172,18 +177,19 @@ def write_tokenizer(folder:Path, texts:list, # what it learns from
     tokenizer.save_pretrained(folder)
     return tokenizer
 
+# %% ../nbs/18_bench.ipynb #18bench038
 def other_tokenizer(folder:Path, name:str, vocab:int):
     "Copy a model's tokenizer, with a pad token that is not its EOS token."
     from qlora_kit.data import UserError
     from qlora_kit.loader import load_tokenizer, resolve_base
     from qlora_kit.tokens import ensure_template
-    tokenizer = ensure_template(load_tokenizer(resolve_base(name)))
+    tokenizer = ensure_template(load_tokenizer(Path(name) if Path(name).is_dir() else resolve_base(name)))
     if len(tokenizer) > vocab: raise UserError(f"--tokenizer: {name} has {len(tokenizer)} tokens and the shape only {vocab}; take another shape")
     if "<|endoftext|>" in tokenizer.get_vocab(): tokenizer.pad_token = "<|endoftext|>"
     tokenizer.save_pretrained(folder)
     return tokenizer
 
-# %% ../nbs/18_bench.ipynb #18bench033
+# %% ../nbs/18_bench.ipynb #18bench041
 ROW = 512 # tokens of the longest row
 
 def write_rows(source:str, # a file, in a format that the kit reads
@@ -203,7 +209,7 @@ def write_rows(source:str, # a file, in a format that the kit reads
     (folder/"rows.jsonl").write_text("".join(json.dumps(dict(messages=messages)) + "\n" for messages in kept), encoding="utf-8")
     return dict(rows=len(kept), row_tokens=total)
 
-# %% ../nbs/18_bench.ipynb #18bench035
+# %% ../nbs/18_bench.ipynb #18bench043
 def kit_config(job:dict): # RunConfig
     "A job in the words of a config."
     from qlora_kit.config import RunConfig
@@ -213,6 +219,7 @@ def kit_config(job:dict): # RunConfig
         training=dict(batch_size=job["B"], max_length=job["T"], learning_rate=1e-4, lr_scheduler="constant", warmup_ratio=0.0, recompute=job["setting"], num_epochs=1000),
         data=dict(train_file=f"{job['folder']}/rows.jsonl" if rows else "random", packing="best_fit" if rows else "none", loss_on="completion", validation_split=0.0)))
 
+# %% ../nbs/18_bench.ipynb #18bench045
 def forecaster(job:dict, cfg, place, tell): # as `make_job` wants it: folder, tokens of the longest row → GB, rungs
     "Ask the plan for rungs, and tell what they are."
     from qlora_kit.ladder import in_words
@@ -223,7 +230,7 @@ def forecaster(job:dict, cfg, place, tell): # as `make_job` wants it: folder, to
         return predicted, rungs
     return ask
 
-# %% ../nbs/18_bench.ipynb #18bench036
+# %% ../nbs/18_bench.ipynb #18bench046
 def kit_tokens(job:dict, tell)->None: # tell: called with what is known, as it becomes known
     "Random tokens through the kit's own step."
     from qlora_kit.engine import find_place
@@ -245,7 +252,7 @@ def kit_step(run, engine, i:int): # → function that fetches the loss
     done = take_step(run, engine, i)
     return lambda: done.numbers.read()[0]/done.targets
 
-# %% ../nbs/18_bench.ipynb #18bench038
+# %% ../nbs/18_bench.ipynb #18bench048
 def large_model(job:dict, cfg, place, tell): # PeftModel
     "Random 4-bit weights without a file, on the rungs that the plan chooses."
     from qlora_kit.ladder import climb, in_words
@@ -260,7 +267,7 @@ def large_model(job:dict, cfg, place, tell): # PeftModel
     tell(predicted_gb=predict(setup).peak/GB, layers=in_words(rungs_of(setup)))
     return model
 
-# %% ../nbs/18_bench.ipynb #18bench040
+# %% ../nbs/18_bench.ipynb #18bench050
 def kit_rows(job:dict, tell)->None:
     "Real rows, packed by the kit."
     from qlora_kit.engine import find_place
@@ -273,7 +280,7 @@ def kit_rows(job:dict, tell)->None:
     rows, tokens = (sum(n)/job["steps"] for n in zip(*(run.feed.count(job["warm"] + i) for i in range(job["steps"]))))
     tell(**result, step_examples=rows, step_tokens=tokens)
 
-# %% ../nbs/18_bench.ipynb #18bench042
+# %% ../nbs/18_bench.ipynb #18bench052
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 def nf4_model(job:dict): # on the device, frozen
@@ -282,10 +289,12 @@ def nf4_model(job:dict): # on the device, frozen
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=numbers())
     return AutoModelForCausalLM.from_pretrained(job["folder"], quantization_config=quantization, dtype=numbers(), device_map={"": 0 if device() == "cuda" else "cpu"}, attn_implementation="sdpa")
 
+# %% ../nbs/18_bench.ipynb #18bench054
 def peft_config(job:dict): # LoraConfig
     from peft import LoraConfig
     return LoraConfig(r=job["rank"], lora_alpha=2*job["rank"], lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM")
 
+# %% ../nbs/18_bench.ipynb #18bench056
 def plain_model(job:dict)->tuple: # model, tokenizer (not needed here)
     "transformers + peft, with or without liger-kernel, with gradient checkpointing."
     from peft import get_peft_model, prepare_model_for_kbit_training
@@ -300,7 +309,7 @@ def plain_model(job:dict)->tuple: # model, tokenizer (not needed here)
         if p.requires_grad: p.data = p.data.float()
     return model, None
 
-# %% ../nbs/18_bench.ipynb #18bench043
+# %% ../nbs/18_bench.ipynb #18bench057
 def unsloth_model(job:dict)->tuple: # model, tokenizer
     "Unsloth's; `its checkpointing` moves each layer's input to the host."
     import torch
@@ -310,7 +319,7 @@ def unsloth_model(job:dict)->tuple: # model, tokenizer
                                              use_gradient_checkpointing="unsloth" if job["setting"] == "its checkpointing" else False, random_state=0)
     return model, tokenizer
 
-# %% ../nbs/18_bench.ipynb #18bench045
+# %% ../nbs/18_bench.ipynb #18bench059
 def peer_tokens(job:dict, tell)->None:
     "Random tokens through a peer's model."
     start = time.perf_counter()
@@ -318,6 +327,7 @@ def peer_tokens(job:dict, tell)->None:
     model.train(); wait_for_card(); tell(load_s=time.perf_counter() - start)
     tell(**watched(stretch, plain_step(model, job), job["steps"], job["warm"]))
 
+# %% ../nbs/18_bench.ipynb #18bench061
 def plain_step(model, job:dict): # number of a step → function that fetches its loss
     "The loop that everybody writes."
     import torch
@@ -337,7 +347,7 @@ def plain_step(model, job:dict): # number of a step → function that fetches it
 
 MODELS = {"plain": plain_model, "liger": plain_model, "unsloth": unsloth_model}
 
-# %% ../nbs/18_bench.ipynb #18bench047
+# %% ../nbs/18_bench.ipynb #18bench063
 def sft_settings(job:dict, out:str)->dict: # for `SFTConfig`
     "TRL's settings."
     packed, cuda, trl = job["task"] == "rows", device() == "cuda", job["who"] == "trl"
@@ -347,8 +357,9 @@ def sft_settings(job:dict, out:str)->dict: # for `SFTConfig`
                              max_grad_norm=1.0, bf16=cuda, optim="adamw_torch_fused" if cuda else "adamw_torch", seed=0,
                              logging_strategy="no", logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True)
 
+# %% ../nbs/18_bench.ipynb #18bench065
 def sft_rows(job:dict): # a Dataset
-    "Random ids, or questions and answers for TRL to tokenize, mask and pack."
+    "What the trainer is given."
     from datasets import Dataset
     if job["task"] == "tokens":
         vocab = json.loads((Path(job["folder"])/"config.json").read_text())["vocab_size"]
@@ -356,7 +367,7 @@ def sft_rows(job:dict): # a Dataset
     rows = map(json.loads, (Path(job["folder"])/"rows.jsonl").read_text(encoding="utf-8").splitlines())
     return Dataset.from_list([dict(prompt=row["messages"][:-1], completion=row["messages"][-1:]) for row in rows])
 
-# %% ../nbs/18_bench.ipynb #18bench048
+# %% ../nbs/18_bench.ipynb #18bench066
 def sft(job:dict, tell)->None:
     "A peer's trainer, timed from outside."
     from transformers import AutoTokenizer
@@ -369,6 +380,7 @@ def sft(job:dict, tell)->None:
         trainer = SFTTrainer(model=model, args=SFTConfig(**sft_settings(job, out)), train_dataset=sft_rows(job), processing_class=tokenizer, peft_config=lora)
         tell(**watched(time_trainer, trainer, job))
 
+# %% ../nbs/18_bench.ipynb #18bench068
 def time_trainer(trainer, job:dict)->dict: # seconds, examples and tokens of a step
     "The same stretch as for everybody, seen through a callback."
     from transformers import TrainerCallback
@@ -383,7 +395,7 @@ def time_trainer(trainer, job:dict)->dict: # seconds, examples and tokens of a s
     rows, tokens = (sum(int(n) for n in column)/job["steps"] for column in zip(*seen[a:b]))
     return dict(seconds=(end - start)/job["steps"], step_examples=rows, step_tokens=tokens)
 
-# %% ../nbs/18_bench.ipynb #18bench050
+# %% ../nbs/18_bench.ipynb #18bench070
 def count_rows(inputs:dict)->tuple: # documents and tokens of a batch: numbers, or tensors that hold one
     "What a trainer was given."
     ids, mask, places = (inputs.get(key) for key in ("input_ids", "attention_mask", "position_ids"))
@@ -391,7 +403,7 @@ def count_rows(inputs:dict)->tuple: # documents and tokens of a batch: numbers, 
     if inputs.get("packed_seq_lengths") is not None: return inputs["packed_seq_lengths"].numel(), tokens
     return (places == 0).sum() if places is not None else ids.shape[0], tokens
 
-# %% ../nbs/18_bench.ipynb #18bench053
+# %% ../nbs/18_bench.ipynb #18bench073
 def loading(job:dict, tell)->None:
     "bf16 files to an NF4 model."
     import torch
@@ -405,7 +417,7 @@ def loading(job:dict, tell)->None:
         return dict(load_s=seconds, model_gb=torch.cuda.memory_allocated()/2**30 if model.device.type == "cuda" else None)
     tell(**watched(load))
 
-# %% ../nbs/18_bench.ipynb #18bench055
+# %% ../nbs/18_bench.ipynb #18bench075
 SMALL = TINY | dict(vocab_size=1024, hidden_size=256, intermediate_size=512)
 
 def small_pair()->tuple: # the kit's model on the device, and the reference on the CPU
@@ -426,6 +438,7 @@ def small_pair()->tuple: # the kit's model on the device, and the reference on t
         if "lora_" in name: there[name].data.copy_(p.float())
     return ours, reference.train()
 
+# %% ../nbs/18_bench.ipynb #18bench077
 def fill_reference(ours, reference)->None:
     "Decode every weight into the reference; norms become ones."
     from copy import copy
@@ -440,10 +453,11 @@ def fill_reference(ours, reference)->None:
             if module.weight.dim() == 1: module.weight.data.fill_(1)
             other.weight.data.copy_(module.weight.float())
 
-# %% ../nbs/18_bench.ipynb #18bench057
+# %% ../nbs/18_bench.ipynb #18bench079
 def allowed()->dict: # relative differences
     return dict(loss=2**-8, gradient=0.04) if device() == "cuda" else dict(loss=1e-4, gradient=1e-4)
 
+# %% ../nbs/18_bench.ipynb #18bench081
 def check(steps:int=3)->dict: # `loss` and `gradient`: largest relative difference on any rung; `bytes_unchanged`; `right`: within `allowed`
     "The kit on this device against fp32 on the CPU."
     import torch
@@ -468,13 +482,14 @@ def check(steps:int=3)->dict: # `loss` and `gradient`: largest relative differen
     same = packed_hash(ours) == before
     return worst | dict(allowed=allowed(), bytes_unchanged=same, right=same and all(worst[k] <= most for k, most in allowed().items()))
 
+# %% ../nbs/18_bench.ipynb #18bench083
 def farthest(ours, reference)->float: # 0: all equal
     "Largest relative difference of a matrix's gradient, in length."
     there = dict(reference.named_parameters())
     pairs = [(p.grad.float().cpu(), there[name].grad) for name, p in ours.named_parameters() if "lora_" in name]
     return max(((a - b).norm()/b.norm()).item() for a, b in pairs)
 
-# %% ../nbs/18_bench.ipynb #18bench063
+# %% ../nbs/18_bench.ipynb #18bench089
 def product_rate(shape:dict, M:int, # tokens of a step
     seconds:float=0.3)->float: # 10¹² operations a second
     "Products of tokens with the MLP's matrix, forward and backward, one after the other."
@@ -488,7 +503,7 @@ def product_rate(shape:dict, M:int, # tokens of a step
     both(3)
     return 4*M*D*F/both(max(1, int(seconds/both(3))))/1e12
 
-# %% ../nbs/18_bench.ipynb #18bench065
+# %% ../nbs/18_bench.ipynb #18bench091
 def prepare(job:dict, tell)->None:
     "Files that all contestants read, the check, and what the card can do."
     start, shape, folder = time.perf_counter(), shape_of(job["shape"]), job["folder"] and Path(job["folder"])
@@ -502,7 +517,7 @@ def prepare(job:dict, tell)->None:
     tell(check=check())
     tell(product_tflops=product_rate(shape, job["B"]*job["T"]), checkpoint_gb=bf16_bytes(shape)/2**30)
 
-# %% ../nbs/18_bench.ipynb #18bench067
+# %% ../nbs/18_bench.ipynb #18bench093
 TASKS = {("kit", "tokens"): kit_tokens, ("kit", "rows"): kit_rows, ("trl", "tokens"): sft, ("trl", "rows"): sft, ("unsloth", "rows"): sft,
          ("kit", "prepare"): prepare, **{(who, "tokens"): peer_tokens for who in MODELS}, **{(who, "load"): loading for who in ("kit", "plain")}}
 
@@ -527,6 +542,7 @@ def child(text:str)->int: # a job as JSON → exit code
         tell(failed="out of card memory" if type(e).__name__ == "OutOfMemoryError" else f"{type(e).__name__}: {e}".splitlines()[0][:200], mistake=type(e).__name__ == "UserError")
     return 0
 
+# %% ../nbs/18_bench.ipynb #18bench095
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "liger-kernel", "trl", "unsloth")
 
 def versions()->dict: # of the packages that this process finds
@@ -536,7 +552,7 @@ def card()->str:
     import torch
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
-# %% ../nbs/18_bench.ipynb #18bench069
+# %% ../nbs/18_bench.ipynb #18bench097
 @dataclass
 class Child:
     "A process that measures."
@@ -550,6 +566,7 @@ class Child:
         except ProcessLookupError: pass
         self.process.wait()
 
+# %% ../nbs/18_bench.ipynb #18bench099
 def start(job:dict, scratch:Path, peers_path:str|None=None)->Child:
     "Let a process import what it needs; it waits for `finish` before it touches the card."
     from qlora_kit.launch import die_with_parent
@@ -564,7 +581,7 @@ def start(job:dict, scratch:Path, peers_path:str|None=None)->Child:
                                    start_new_session=True, preexec_fn=die_with_parent)
     return Child(job, process, log)
 
-# %% ../nbs/18_bench.ipynb #18bench071
+# %% ../nbs/18_bench.ipynb #18bench101
 def finish(one:Child, timeout:float)->dict: # all that it told; `failed`: why there is not more
     "Give the word, wait, collect."
     failed, code = None, 0
@@ -581,11 +598,12 @@ def finish(one:Child, timeout:float)->dict: # all that it told; `failed`: why th
     if code: failed = f"ended with {signal.Signals(-code).name if code < 0 else f'exit code {code}'}: {last_line(one.log)}"
     return found | ({"failed": failed} if failed else {})
 
+# %% ../nbs/18_bench.ipynb #18bench103
 def last_line(log:Path)->str: # at most 160 characters, without colours
     lines = [re.sub(r"\x1b\[[\d;]*m", "", line).strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line[:160] for line in reversed(lines) if line), "without a word")
 
-# %% ../nbs/18_bench.ipynb #18bench075
+# %% ../nbs/18_bench.ipynb #18bench107
 @dataclass(frozen=True)
 class Contestant:
     "Who, and what has to be installed."
@@ -595,10 +613,12 @@ class Contestant:
 CONTESTANTS = {"kit": Contestant("qlora_kit", ()), "plain": Contestant("peft", ("peft",)), "unsloth": Contestant("Unsloth", ("unsloth",)),
                "liger": Contestant("peft + liger-kernel", ("liger-kernel",)), "trl": Contestant("TRL", ("trl",))}
 
+# %% ../nbs/18_bench.ipynb #18bench109
 SETTINGS = {("tokens", "kit"): ("auto", "layer", "host"), ("tokens", "plain"): ("checkpointing",), ("tokens", "unsloth"): ("its checkpointing", "nothing recomputed"),
             ("load", "kit"): ("",), ("load", "plain"): ("",), ("rows", "kit"): ("auto",), ("rows", "trl"): ("checkpointing",), ("rows", "unsloth"): ("nothing recomputed",),
             ("tokens", "liger"): ("checkpointing",), ("tokens", "trl"): ("checkpointing",)} # in this order
 
+# %% ../nbs/18_bench.ipynb #18bench111
 def lines(who:list, # keys of CONTESTANTS besides the kit
     tasks:tuple, # of tokens, rows, load
     rungs:tuple, # the kit's settings for tokens
@@ -607,7 +627,7 @@ def lines(who:list, # keys of CONTESTANTS besides the kit
     settings = SETTINGS | {("tokens", "kit"): rungs}
     return [(name, setting, task) for (task, name), some in settings.items() if task in tasks and name in ("kit", *who) for setting in some]
 
-# %% ../nbs/18_bench.ipynb #18bench078
+# %% ../nbs/18_bench.ipynb #18bench114
 def measure(todo:list, # from `lines`
     common:dict, # what all jobs share
     scratch:Path, timeout:float=300, peers_path:str|None=None):
@@ -625,6 +645,7 @@ def measure(todo:list, # from `lines`
     finally:
         if ahead: ahead.kill()
 
+# %% ../nbs/18_bench.ipynb #18bench116
 def installed(scratch:Path, peers_path:str|None)->dict: # version by package, as a peer's process sees them
     return finish(start(dict(task="installed", who="", setting=""), scratch, peers_path), 60)
 
@@ -635,7 +656,7 @@ def missing(job:dict, there:dict)->str|None: # why a line cannot be measured
     if job["who"] != "kit" and not job["folder"]: return "takes a checkpoint, and this shape is too large to write one"
     if job["who"] == "unsloth" and not job["card"]: return "runs on a card only"
 
-# %% ../nbs/18_bench.ipynb #18bench079
+# %% ../nbs/18_bench.ipynb #18bench117
 KEPT = ("shape", "task", "who", "setting", "B", "T", "rank", "steps", "warm")
 
 def line_of(job:dict, found:dict)->dict: # JSON
@@ -648,7 +669,7 @@ def line_of(job:dict, found:dict)->dict: # JSON
         line |= dict(mfu=mfu(shape_of(job["shape"]), job["T"], line["tokens_per_s"], found["card"]) if job["task"] == "tokens" else None)
     return line
 
-# %% ../nbs/18_bench.ipynb #18bench082
+# %% ../nbs/18_bench.ipynb #18bench121
 COLUMNS = {"tokens": ("tokens/s", "kit ×", "MFU", "peak GB", "load s"), "rows": ("examples/s", "kit ×", "tokens/s", "peak GB", "load s"), "load": ("s", "kit ×", "peak GB", "model GB")}
 
 def ratios(found:list, # lines of one task
@@ -658,6 +679,7 @@ def ratios(found:list, # lines of one task
     ours = next((speed(x) for x in found if x["who"] == "kit"), None)
     return [ours/speed(x) if ours and speed(x) else None for x in found]
 
+# %% ../nbs/18_bench.ipynb #18bench123
 def cells(x:dict, ratio)->list: # texts, in the order of COLUMNS
     show = lambda value, form=".1f": "" if value is None else format(value, form)
     ends = [show(ratio, ".2f"), show(x.get("peak_gb"))]
@@ -666,7 +688,7 @@ def cells(x:dict, ratio)->list: # texts, in the order of COLUMNS
     form = {"tokens_per_s": ",.0f", "examples_per_s": ".1f", "mfu": ".3f"}
     return [show(x.get(first), form[first]), ends[0], show(x.get(second), form[second]), ends[1], show(x.get("load_s"))]
 
-# %% ../nbs/18_bench.ipynb #18bench084
+# %% ../nbs/18_bench.ipynb #18bench125
 def other_loss(x:dict, ours:dict)->str|None: # lines; None if their first losses agree to a percent, or one has none
     "Another first loss means that something else was computed."
     a, b = x.get("first_loss"), ours.get("first_loss")
@@ -686,7 +708,7 @@ def tables(found:list): # → rich Tables
             table.add_row(escape(f"{name}\n  {note}" if note else name), *cells(x, ratio))
         yield table
 
-# %% ../nbs/18_bench.ipynb #18bench087
+# %% ../nbs/18_bench.ipynb #18bench128
 def parse_batch(text:str)->tuple[int,int]: # B, T; `UserError` otherwise
     "4x2048: four sequences of 2048 tokens."
     from qlora_kit.data import UserError
@@ -694,13 +716,21 @@ def parse_batch(text:str)->tuple[int,int]: # B, T; `UserError` otherwise
     if not found or int(found[2]) < 8: raise UserError(f"--batch: received {text!r}; give sequences x tokens of each (at least 8), e.g. 4x2048")
     return int(found[1]), int(found[2])
 
+# %% ../nbs/18_bench.ipynb #18bench130
 def parse_names(option:str, text:str, known)->list: # `UserError` for a name that is not known
     from qlora_kit.data import UserError
     names = [name.strip() for name in text.split(",") if name.strip()]
     if wrong := [name for name in names if name not in known]: raise UserError(f"{option}: received {wrong[0]!r}; allowed: {', '.join(known)}, with commas between them")
     return names
 
-# %% ../nbs/18_bench.ipynb #18bench088
+# %% ../nbs/18_bench.ipynb #18bench132
+def parse_fields(text:str)->dict: # "prompt=question,completion=answer" → our name: the file's name
+    from qlora_kit.data import UserError
+    pairs = [pair.partition("=") for pair in text.split(",") if pair]
+    if wrong := [a + b for a, b, c in pairs if not c]: raise UserError(f"--fields: received {wrong[0]!r}; give the kit's name = the file's name, e.g. prompt=question,completion=answer")
+    return {a.strip(): c.strip() for a, _, c in pairs}
+
+# %% ../nbs/18_bench.ipynb #18bench134
 def bench(shape:str="llama-3.1-8b", batch:str="4x2048", # as on the command line
     steps:int=8, rank:int=16, against:str|None=None, # None: everybody
     recompute:str="auto,layer,host", rows:str|None=None, fields:str="", tokenizer:str|None=None, load:bool=False,
@@ -718,23 +748,18 @@ def bench(shape:str="llama-3.1-8b", batch:str="4x2048", # as on the command line
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(workdir or temporary).resolve(); place.mkdir(parents=True, exist_ok=True)
         if not large: check_room(place, shape)
-        common = dict(shape=shape, B=B, T=T, rank=rank, steps=steps, warm=3, folder=None if large else str(place/"weights"))
-        first = common | dict(task="prepare", who="kit", setting="", rows=rows and str(Path(rows).resolve()), fields=renamed, tokenizer=tokenizer)
+        common = dict(shape=shape, B=B, T=T, rank=rank, steps=steps, warm=3, folder=None if large else str(weights_folder(place, shape)))
+        first = common | dict(task="prepare", who="kit", setting="", rows=rows and str(Path(rows).resolve()), fields=renamed, tokenizer=str(Path(tokenizer).resolve()) if tokenizer and Path(tokenizer).exists() else tokenizer)
         todo = lines(who, ("tokens", *["rows"]*bool(rows), *["load"]*load), rungs)
         return collect(first, todo, common, place, out, timeout, peers_path and str(peers_path), say)
 
-# %% ../nbs/18_bench.ipynb #18bench089
-def parse_fields(text:str)->dict: # "prompt=question,completion=answer" → our name: the file's name
-    from qlora_kit.data import UserError
-    pairs = [pair.partition("=") for pair in text.split(",") if pair]
-    if wrong := [a + b for a, b, c in pairs if not c]: raise UserError(f"--fields: received {wrong[0]!r}; give the kit's name = the file's name, e.g. prompt=question,completion=answer")
-    return {a.strip(): c.strip() for a, _, c in pairs}
-
+# %% ../nbs/18_bench.ipynb #18bench136
 def check_room(place:Path, shape:str)->None: # `UserError` if the checkpoint does not fit
     from qlora_kit.data import UserError
     need, free = bf16_bytes(shape_of(shape)), shutil.disk_usage(place).free
-    if not (place/"weights/shape.json").exists() and need > 0.95*free: raise UserError(f"--workdir: {place} has {free/1e9:.0f} GB free and the checkpoint takes {need/1e9:.0f}; name a folder with more room")
+    if not (weights_folder(place, shape)/"shape.json").exists() and need > 0.95*free: raise UserError(f"--workdir: {place} has {free/1e9:.0f} GB free and the checkpoint takes {need/1e9:.0f}; name a folder with more room")
 
+# %% ../nbs/18_bench.ipynb #18bench138
 def collect(first:dict, todo:list, common:dict, place:Path, out, timeout:float, peers_path, say)->tuple[list, bool]:
     "Prepare, then line by line."
     from qlora_kit.data import UserError
@@ -754,7 +779,7 @@ def shlex_join(words:list)->str: # without the folder of the program
     import shlex
     return shlex.join([Path(words[0]).name, *words[1:]])
 
-# %% ../nbs/18_bench.ipynb #18bench091
+# %% ../nbs/18_bench.ipynb #18bench140
 def in_short(line:dict)->str: # one line of text
     "What became of a line."
     name = f"{CONTESTANTS[line['who']].name} {line['setting']} {line['task']}".replace("  ", " ")
@@ -766,5 +791,5 @@ def in_short(line:dict)->str: # one line of text
     speed = f"{line['load_s']:.1f} s" if line["task"] == "load" else f"{line['examples_per_s']:.1f} examples/s" if line["task"] == "rows" else f"{line['tokens_per_s']:,.0f} tokens/s"
     return f"{name}: {speed}" + ("" if line.get("peak_gb") is None else f", {line['peak_gb']:.1f} GB")
 
-# %% ../nbs/18_bench.ipynb #18bench096
+# %% ../nbs/18_bench.ipynb #18bench145
 if __name__ == "__main__": sys.exit(child(sys.argv[1]))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qlora_kit import bench
@@ -75,7 +76,7 @@ def test_examples_of_packed_steps_are_counted(ran):
     assert n * first["rows"] == first["row_tokens"] and 128 // n >= 2
     assert line["step_examples"] == 2 * (128 // n) and line["step_tokens"] == n * line["step_examples"]
     assert line["examples_per_s"] == pytest.approx(line["step_examples"] / line["seconds"])
-    kept = (place / "work/weights/rows.jsonl").read_text(encoding="utf-8").splitlines()
+    kept = (place / bench.weights_folder(Path("work"), "tiny") / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(kept) == first["rows"] < 400 and json.loads(kept[0])["messages"][-1]["content"].startswith("one two")
 
 
@@ -83,7 +84,7 @@ def test_the_checkpoint_is_an_ordinary_one(ran):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = ran[0] / "work/weights"
+    folder = bench.weights_folder(ran[0] / "work", "tiny")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     layers = model.model.layers
     assert len(layers) == 2 and layers[0].mlp.up_proj.weight.equal(layers[1].mlp.up_proj.weight) and layers[1].input_layernorm.weight.eq(1).all()
@@ -110,9 +111,11 @@ def test_a_contestant_that_dies_says_how(tmp_path, cores, monkeypatch):
 
 
 def test_a_contestant_that_hangs_costs_its_own_time_only(tmp_path):
-    code = "import subprocess, time\nsubprocess.Popen(['sleep', '99'])\nopen('started', 'w').close()\ntime.sleep(99)"
+    code = "import subprocess, time\nopen('pid', 'w').write(str(subprocess.Popen(['sleep', '99']).pid))\ntime.sleep(99)"
     hung, absent = lines_of(code, tmp_path, 4)
-    assert hung["failed"] == "no end after 4 s" and absent["missing"] and (tmp_path / "started").exists()
+    assert hung["failed"] == "no end after 4 s" and absent["missing"]
+    started = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE  # what it had started has ended too
 
 
 def test_what_is_known_stays_known(tmp_path):
@@ -141,7 +144,7 @@ def test_flops_and_mfu_by_hand():
 def test_loading_is_timed_for_both(ran):
     told = {}
     for who in ("kit", "plain"):
-        bench.loading(dict(who=who, folder=str(ran[0] / "work/weights")), lambda **found: told.update({who: found}))
+        bench.loading(dict(who=who, folder=str(bench.weights_folder(ran[0] / "work", "tiny"))), lambda **found: told.update({who: found}))
     assert told["kit"]["load_s"] > 0 and told["plain"]["load_s"] > 0 and told["kit"]["model_gb"] is None
 
 
