@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from urllib.parse import unquote
 
 from bs4 import BeautifulSoup, Comment
 from pygments import highlight
@@ -24,8 +25,12 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, OUT = ROOT / "_proc", ROOT / "_docs"
-KATEX = "0.16.11"
-CDN = f"https://cdn.jsdelivr.net/npm/katex@{KATEX}/dist"
+KATEX, WIDGETS = "0.16.11", "1.0.15"  # npm's katex and @jupyter-widgets/html-manager
+CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
+MANAGER = "@jupyter-widgets/html-manager"
+VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
+CONTROL = re.compile(r"Slider|Button|Dropdown|Select|Text|Checkbox|Play|Picker|Tags|Combobox|Toggle|Upload")
+MOVES = {"en": "A still: its controls work in JupyterLab, where a kernel computes.", "zh": "静态图片：其中的控件在 JupyterLab 里由内核计算后才会动。"}
 PREFIX = re.compile(r"^\d\d[a-z]?_")
 
 
@@ -39,10 +44,26 @@ def stage():
 
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    read_annotations_as_written()
     proc_nbs(n_workers=0, force=True)
     silent = [text for page in sorted(PROC.rglob("*.ipynb")) for text in describe_figures(page)]
     if silent:
         raise SystemExit("these cells draw a figure without a text for those who cannot see it; add `#| fig-alt: …`\n\n" + "\n\n".join(silent))
+
+
+def read_annotations_as_written():
+    """A kernel's annotation names its compiler, which is missing where there is no card; such a one is shown as it is written."""
+    from fastcore import docments
+
+    known = docments.signature
+
+    def signature(function, eval_str=False, **rest):
+        try:
+            return known(function, eval_str=eval_str, **rest)
+        except NameError:
+            return known(function, **rest)
+
+    docments.signature = signature
 
 
 def describe_figures(page):
@@ -60,6 +81,56 @@ def describe_figures(page):
         cell["source"] = f"#| fig-alt: {json.dumps('; '.join(dict.fromkeys(titles)))}\n{text}"
     page.write_text(json.dumps(notebook), encoding="utf-8")
     return silent
+
+
+def save_widgets():
+    """Widgets that a browser moves without a kernel: copies of their pages are executed, and what the widgets hold goes into the staged pages."""
+    import nbformat
+    from nbclient import NotebookClient
+    from traitlets.config import Config
+
+    for page in sorted((ROOT / "nbs").rglob("*.ipynb")):
+        notebook = nbformat.read(page, 4)
+        shown = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and re.search(r"^\w*stills$|^Stills\(", cell.source, flags=re.M)]
+        if not shown or ".ipynb_checkpoints" in page.parts:
+            continue
+        notebook.cells = [cell for cell in notebook.cells[: shown[-1] + 1] if "#| eval: false" not in cell.source]
+        with tempfile.TemporaryDirectory() as sockets:
+            config = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+            NotebookClient(notebook, timeout=600, kernel_name="python3", config=config, resources={"metadata": {"path": page.parent}}).execute()
+        models, live = notebook.metadata["widgets"][STATE]["state"], {}
+        for cell in notebook.cells:
+            for output in cell.get("outputs", []):
+                if VIEW in output.get("data", {}) and (state := live_state(output["data"][VIEW]["model_id"], models)):
+                    live[cell.id] = widget_html(output["data"][VIEW]["model_id"], state)
+        staged = PROC / page.relative_to(ROOT / "nbs")
+        pages = json.loads(staged.read_text(encoding="utf-8"))
+        for cell in pages["cells"]:
+            if cell.get("id") in live:
+                cell["outputs"] = [{"output_type": "display_data", "metadata": {}, "data": {"text/html": live.pop(cell["id"])}}]
+        staged.write_text(json.dumps(pages), encoding="utf-8")
+        assert not live, f"{page.name}: widgets of {', '.join(live)} were not staged; see save_widgets in .ci/docs.py"
+
+
+def live_state(root, models):
+    """The models that a view needs, if a link in the browser moves each of its controls; None if one of them would be dead."""
+    needed, new = set(), {root}
+    while new:
+        needed |= new
+        new = {m for key in new for m in re.findall(r"IPY_MODEL_(\w+)", json.dumps(models[key]["state"]))} - needed
+    ends = lambda model: {end[0].removeprefix("IPY_MODEL_") for end in (model["state"].get("source"), model["state"].get("target")) if end}
+    links = {key: ends(model) for key, model in models.items() if model["model_name"].endswith("LinkModel")}
+    needed |= {key for key, both in links.items() if both <= needed}
+    moved = set().union(*(links[key] for key in needed if key in links))
+    dead = {key for key in needed - moved if CONTROL.search(models[key]["model_name"]) and not models[key]["model_name"].endswith("StyleModel")}
+    return None if dead else {key: models[key] for key in models if key in needed}
+
+
+def widget_html(root, state):
+    """A place for a view, and what it shows, as the widget manager reads them."""
+    data = lambda kind, value: f'<script type="{kind}">{json.dumps(value).replace("<", chr(92) + "u003c")}</script>'
+    return (f'<div class="live-widget">{data(STATE, {"version_major": 2, "version_minor": 0, "state": state})}'
+            f'{data(VIEW, {"version_major": 2, "version_minor": 0, "model_id": root})}</div>')
 
 
 def exported():
@@ -140,21 +211,29 @@ def generate():
         shutil.copy(ROOT / name, PROC / name)
 
 
-def roadmap(up=""):
-    """The pages as boxes, by the sections of the sidebar, in the order in which data flows."""
+SECTIONS = {"Data": "数据", "Model": "模型", "Training": "训练", "The run": "运行", "Tutorials": "教程", "Studies": "研究"}
+
+
+def roadmap(up="", chinese=False):
+    """The pages as boxes, by the sections of the sidebar, in the order in which data flows; below them what is built on all."""
     import yaml
 
     contents = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
-    columns = [(entry["section"], entry["contents"]) for entry in contents if "section" in entry and any(isinstance(c, str) and c[0].isdigit() for c in entry["contents"])]
-    items = lambda pages: "".join(f'<li><a href="{up}{PREFIX.sub("", p).replace(".ipynb", ".html")}">{html.escape(title)}<small>{html.escape(gain)}</small></a></li>'
-                                  for p in pages for title, gain in [title_of(ROOT / "nbs" / p)])
-    return f'<ol class="roadmap" aria-label="Road map of a run">{"".join(f"<li><span>{name}</span><ol>{items(pages)}</ol></li>" for name, pages in columns)}</ol>'
+    columns = [(entry["section"], entry["contents"]) for entry in contents if entry.get("section") in SECTIONS]
+    gain = lambda text: "" if chinese else f"<small>{html.escape(text)}</small>"  # the pages themselves are in English
+    items = lambda pages: "".join(f'<li><a href="{up}{site_name(Path(p)).with_suffix(".html").as_posix()}">{html.escape(title)}{gain(text)}</a></li>'
+                                  for p in pages for title, text in [title_of(ROOT / "nbs" / p)])
+    column = lambda name, pages: f'<li{"" if pages[0][0].isdigit() else " class=beside"}><span>{SECTIONS[name] if chinese else name}</span><ol>{items(pages)}</ol></li>'
+    return f'<ol class="roadmap" aria-label="{"一次运行的路线图" if chinese else "Road map of a run"}">{"".join(column(*c) for c in columns)}</ol>'
 
 
 def title_of(page):
-    """Title and first clause of the subtitle of a notebook."""
+    """Title of a notebook, and as much of its subtitle as makes sense alone."""
     first = "".join(json.loads(page.read_text(encoding="utf-8"))["cells"][0]["source"])
-    return re.match(r"# (.+)", first)[1], re.split(r"[:;,.]", re.search(r"^> (.+)", first, flags=re.M)[1])[0]
+    clause, *more = re.split(r"[:;.](?= |$)", re.search(r"^> (.+)", first, flags=re.M)[1])[0].split(", ")
+    while more and len(clause) < 36:
+        clause += f", {more.pop(0)}"
+    return re.search(r"^# (.+)", first, flags=re.M)[1], clause
 
 
 def glossary():
@@ -213,6 +292,13 @@ def vendor(package, version, wanted):
                 file.write_bytes(archive.extractfile(member).read())
 
 
+def quiet(script):
+    """The widget manager checks its state with a schema that its own validator warns of."""
+    text, made = script.read_text(encoding="utf-8"), "gt=new(ft()),"
+    assert text.count(made) == 1, "the widget manager makes its validator in another way; see quiet in .ci/docs.py"
+    script.write_text(text.replace(made, "gt=new(ft())({strictTypes:!1}),"), encoding="utf-8")
+
+
 def site_name(path):
     """03_nf4.html → nf4.html: addresses do not change when pages are renumbered."""
     return path.with_name(PREFIX.sub("", path.name))
@@ -268,7 +354,7 @@ def new_link(href, here, moved, modules):
     if re.match(r"[a-z]+:|//", href) or not href:
         return href
     path, mark, anchor = href.partition("#")
-    anchor = re.sub(r"[^\w.-]", "", anchor).lower()  # Jupyter's anchors are headings as written, the site's are their slugs
+    anchor = re.sub(r"[^\w.-]", "", unquote(anchor)).lower()  # Jupyter's anchors are headings as written, the site's are their slugs
     if not path:
         return mark + anchor
     target = Path(os.path.normpath((Path(here).parent / path).as_posix())).as_posix()
@@ -328,20 +414,38 @@ def unique_ids(page):
         seen.add(element["id"])
 
 
+def caption(page, still):
+    """Below the picture of a widget: that it is one, and where it moves."""
+    figure, words = still.find_parent("figure"), page.new_tag("span", attrs={"class": "still"})
+    words.string = MOVES.get(page.html.get("lang"), MOVES["en"])
+    if figure is None:
+        still.insert_after(page.new_tag("br"), words)
+    elif figure.figcaption is None:
+        figure.append(page.new_tag("figcaption"))
+        figure.figcaption.append(words)
+    else:
+        figure.figcaption.extend([" " if figure.figcaption.get_text().rstrip().endswith(".") else ". ", words])
+
+
 def mend(file, moved, modules):
     """One page: local libraries, links, tables, ids."""
     here = file.relative_to(OUT).as_posix()
     up = "../" * here.count("/")
-    page = BeautifulSoup(file.read_text(encoding="utf-8").replace(CDN, f"{up}site_libs/katex"), "html.parser")
+    page = BeautifulSoup(CDN.sub(f"{up}site_libs/katex", file.read_text(encoding="utf-8")), "html.parser")
     tabulate(page)
     for spot in page.find_all(string=lambda text: isinstance(text, Comment) and text.strip() == "roadmap"):
-        spot.replace_with(BeautifulSoup(roadmap(up), "html.parser"))
+        spot.replace_with(BeautifulSoup(roadmap(up, here == "zh.html"), "html.parser"))
     if not here.startswith(("reference/", "CHANGELOG", "CONTRIBUTING", "zh")):
         link_terms(page, up, glossary())
     for element in page.select('a[href*="#_"]'):
         element.unwrap()  # nbdev links every name it knows, private ones too, which have no place on their page
     for element in page.select("a[href]"):
         element["href"] = new_link(element["href"], here, moved, modules)
+    for still in page.select('img[src*="images/"]'):
+        if re.search(r"_(light|dark)\.png$", still["src"]):
+            caption(page, still)
+    if page.select_one(f'script[type="{VIEW}"]'):
+        page.body.append(page.new_tag("script", src=f"{up}site_libs/{MANAGER}/embed.js"))
     for script in page.select("script[src]"):
         script["defer"] = ""  # nothing is painted later for it
     for table in page.select("table"):
@@ -382,9 +486,12 @@ def mend_libraries(moved):
 def build():
     """Everything, in order."""
     stage()
+    save_widgets()
     generate()
     render()
     vendor("katex", KATEX, r"dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/.*\.woff2)$")
+    vendor(MANAGER, WIDGETS, r"dist/(embed\.js|.*\.woff2)$")
+    quiet(OUT / "site_libs" / MANAGER / "embed.js")
     moved, modules = rename_pages(), pages_of_modules()
     add_sources()
     for file in sorted(OUT.rglob("*.html")):

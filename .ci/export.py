@@ -1,4 +1,4 @@
-"""What `make export` writes from the notebooks: the package, the script templates and the README.
+"""What `make export` writes from the notebooks: the package, the script templates, the README, and the measured table of the Chinese one.
 
     python .ci/export.py [FOLDER]     FOLDER: the checkout to export (default: this one)
 """
@@ -7,6 +7,9 @@ import os
 import re
 import sys
 from pathlib import Path
+
+CHINESE = {"|   | setting | tokens a second | kit × | GB at the peak |": "|   | 设置 | 词元/秒 | 倍数 | 显存峰值 GB |", "its checkpointing": "自带的重算", "checkpointing": "逐层重算",
+           "nothing recomputed": "不重算", "(": "（", ")": "）"}
 
 
 def source(cell):
@@ -52,6 +55,12 @@ def export_readme(root):
     body = re.sub(r"\]\(([\w/]+)\.ipynb", r"](nbs/\1.ipynb", body)
     body = body.replace("](images/", "](nbs/images/")
     (root / "README.md").write_text(body + "\n", encoding="utf-8")
+    table = next((output_text(o) for cell in page["cells"] for o in cell.get("outputs", []) if "text/markdown" in o.get("data", {})), "")
+    for english, chinese in CHINESE.items():
+        table = table.replace(english, chinese)
+    readme = root / "README.zh.md"
+    text = re.sub(r"(<!-- peers -->\n).*?(<!-- /peers -->)", lambda m: f"{m[1]}\n{table}\n\n{m[2]}", readme.read_text(encoding="utf-8"), flags=re.S)
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

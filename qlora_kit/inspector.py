@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAULTS', 'answer_ends', 'faults_of', 'Finding', 'length_bars', 'Findings', 'find_faults', 'Sequence', 'sequences_of',
            'count_documents', 'show_batch', 'padding_share', 'need_widgets', 'show_or_widget', 'Inspector',
-           'inspect_rows', 'findings_report', 'row_text', 'batch_text']
+           'inspect_rows', 'Stills', 'findings_report', 'row_text', 'batch_text']
 
 # %% ../nbs/02b_inspector.ipynb #02binspector002
 from collections.abc import Callable, Iterable
@@ -273,7 +273,26 @@ def _inspector_widget(self:Inspector):
     return w.VBox([w.HBox([view, which]), w.HBox([back, at, on]), page, w.HTML(self.findings._repr_html_())])
 Inspector.widget = _inspector_widget
 
-# %% ../nbs/02b_inspector.ipynb #02binspector055
+# %% ../nbs/02b_inspector.ipynb #02binspector053
+@dataclass(repr=False)
+class Stills:
+    "Pages drawn beforehand, and a slider that turns them without asking a kernel."
+    pages:dict[str,str] # what the slider says → HTML
+    name:str # of what it chooses
+
+    def widget(self):
+        "A new widget; `UserError` without ipywidgets."
+        w = need_widgets()
+        slider = w.SelectionSlider(options=list(self.pages), description=self.name, style={"description_width": "initial"}, layout={"width": "380px"})
+        stack = w.Stack([w.HTML(page) for page in self.pages.values()], selected_index=0)
+        w.jslink((slider, "index"), (stack, "selected_index"))
+        return w.VBox([slider, stack])
+
+    def static(self)->str: return "".join(self.pages.values())
+    def __repr__(self)->str: return f"{self.name}: {', '.join(self.pages)}"
+    def _repr_mimebundle_(self, **_)->dict: return show_or_widget(self)
+
+# %% ../nbs/02b_inspector.ipynb #02binspector061
 def findings_report(
     found:dict[str,Findings], # name of a part, as "training" → what was found there
 )->Group: # for a rich console
@@ -286,7 +305,7 @@ def findings_report(
     bars = [Text("\n".join([f"\ntokens of a row, {part}", *length_bars(f.lengths)])) for part, f in found.items() if f.lengths]
     return Group(table, *remedies, *bars)
 
-# %% ../nbs/02b_inspector.ipynb #02binspector057
+# %% ../nbs/02b_inspector.ipynb #02binspector063
 def row_text(tokenizer:PreTrainedTokenizerBase, e:Example)->str: # rich markup
     "`target_text`, with escape characters made visible: data must not steer a terminal."
     return target_text(tokenizer, e).replace("\x1b", "␛")

@@ -64,7 +64,7 @@ def test_no_page_asks_another_host_or_complains(browser):
     tab.on("request", lambda r: asked.append(r.url))
     tab.on("console", lambda m: said.append(f"{tab.url}: {m.text}") if m.type in ("error", "warning") else None)
     tab.on("pageerror", lambda e: said.append(f"{tab.url}: {e}"))
-    tab.on("requestfailed", lambda r: said.append(f"{r.url} failed"))
+    tab.on("requestfailed", lambda r: said.append(f"{r.url} failed: {r.failure}") if "ERR_ABORTED" not in r.failure else None)  # aborted: the next page came
     for page in pages():
         tab.goto(page.as_uri(), wait_until="load")
     elsewhere = {u for u in asked if not u.startswith(("file://", "data:"))}
@@ -167,7 +167,51 @@ def test_the_notebook_for_colab_brings_the_kit_along(tmp_path):
     code = "\n".join(source[:choose + 1]).replace('find_spec("qlora_kit") is None', "find_spec('no kit') is None")
     code = code.replace('"install", "-q", source()', '"install", "-q", "--no-deps", "--target", "here", source()')
     run = lambda *words: subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
-    run("-c", code)
+    (tmp_path / "cells.py").write_text(code, encoding="utf-8")  # too long for a command line
+    run("cells.py")
     assert run("-c", "import sys; sys.path.insert(0, 'here'); import qlora_kit; print(qlora_kit.__file__)").strip().startswith(str(tmp_path))
     for name in ("train.py", "assets/scaffold/data/sample_data.json"):
         assert (tmp_path / "here/qlora_kit" / name).read_bytes() == (ROOT / "qlora_kit" / name).read_bytes()
+
+
+def test_widgets_move_without_a_kernel_or_say_that_they_are_stills(browser):
+    """A slider of saved state changes what stands below it; a picture of a widget says where it moves; no control is dead."""
+    tab, moved = browser.new_page(), {}
+    for page in pages():
+        doc, name = soup(page), page.relative_to(SITE).as_posix()
+        for still in doc.select('img[src*="_light.png"], img[src*="_dark.png"]'):
+            assert "A still" in still.find_parent("figure").get_text(), f"{name}: {still['src']}"
+        if not doc.select(".live-widget"):
+            assert not [s for s in doc.select("script[src]") if "html-manager" in s["src"]], f"{name} loads what it does not need"
+            continue
+        tab.goto(page.as_uri())
+        box = tab.locator(".live-widget").first
+        box.locator(".noUi-handle").focus()
+        before = box.inner_text()
+        tab.keyboard.press("ArrowRight")
+        after = box.inner_text()
+        assert len(before) > 50 and len(after) > 50 and before != after, f"{name}: the slider turns no page"
+        assert box.get_by_role("button").count() == 0
+        moved[name] = True
+    tab.close()
+    assert set(moved) >= {"inspector.html", "explorer.html"}
+
+
+def test_the_diagram_leads_to_every_page():
+    import yaml
+
+    contents = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    listed = {p for entry in contents for p in entry.get("contents", []) if isinstance(p, str) and p.endswith(".ipynb")}
+    assert {p.relative_to(ROOT / "nbs").as_posix() for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts} == listed | {"index.ipynb"}
+    for name in ("index.html", "zh.html"):
+        boxes = [a["href"] for a in soup(SITE / name).select(".roadmap a")]
+        assert boxes == [re.sub(r"(^|/)\d\d[a-z]?_", r"\1", p).replace(".ipynb", ".html") for entry in contents for p in entry.get("contents", [])
+                         if isinstance(p, str) and p.endswith(".ipynb")], name
+
+
+def test_both_first_pages_have_the_same_parts():
+    english, chinese = soup(SITE / "index.html"), soup(SITE / "zh.html")
+    shape = lambda doc: [(e.name, len(e.select("tr"))) for e in doc.select("main h2, main table, main .roadmap, main img")]
+    assert shape(english) == shape(chinese)
+    hrefs = lambda doc: {a["href"] for a in doc.select("main p a, main td a") if not re.match(r"[a-z]+:|#", a["href"]) and "term" not in a.get("class", [])}
+    assert hrefs(english) ^ hrefs(chinese) <= {"zh.html", "index.html", "notebooks/index.ipynb"}

@@ -13,9 +13,23 @@ def test_export_changes_nothing(tmp_path):
     copy = tmp_path / "kit"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".pytest_cache"))
     subprocess.run([sys.executable, str(ROOT / ".ci/export.py"), str(copy)], cwd=copy, check=True, capture_output=True, text=True)
-    exported = [*copy.glob("qlora_kit/*.py"), *copy.glob("qlora_kit/assets/**/*.tpl"), copy / "README.md"]
+    exported = [*copy.glob("qlora_kit/*.py"), *copy.glob("qlora_kit/assets/**/*.tpl"), copy / "README.md", copy / "README.zh.md"]
     differ = [str(f.relative_to(copy)) for f in exported if not (ROOT / f.relative_to(copy)).exists() or f.read_bytes() != (ROOT / f.relative_to(copy)).read_bytes()]
     assert not differ, f"run `make export`: {differ}"
+
+
+def test_both_readmes_show_what_was_measured_and_lead_to_the_same_pages():
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
+    lines = [json.loads(line) for line in (ROOT / "nbs/studies/peers.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = {(x["who"], x["setting"]): x for x in lines if (x["task"], x["shape"], x["B"], x["T"]) == ("tokens", "llama-3.1-8b", 4, 2048)}
+    for text in (english, chinese):
+        for x in last.values():
+            if x.get("tokens_per_s"):
+                assert f"| {x['tokens_per_s']:,.0f} |" in text and f"| {x['peak_gb']:.1f} |" in text and f"{x['card']}, {x['date']}" in text
+    links = lambda text: set(re.findall(r"\]\((nbs/[^)#]+|C[A-Z]+\.md)", text))
+    assert links(english) == links(chinese)
+    blocks = lambda text: {line for line in re.findall(r"^    .+|^\{.+|^import.+|^from.+", text, flags=re.M) if "inference.py" not in line and "instruction" not in line}
+    assert blocks(english) == blocks(chinese)
 
 
 def test_every_module_has_a_page():
