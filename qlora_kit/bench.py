@@ -521,7 +521,7 @@ def prepare(job:dict, tell)->None:
 TASKS = {("kit", "tokens"): kit_tokens, ("kit", "rows"): kit_rows, ("trl", "tokens"): sft, ("trl", "rows"): sft, ("unsloth", "rows"): sft,
          ("kit", "prepare"): prepare, **{(who, "tokens"): peer_tokens for who in MODELS}, **{(who, "load"): loading for who in ("kit", "plain")}}
 
-IMPORTS = {"kit": ["qlora_kit.train"], "plain": ["bitsandbytes", "peft", "transformers.models.llama.modeling_llama"],
+IMPORTS = {"kit": ["qlora_kit.train", "transformers.models.llama.modeling_llama"], "plain": ["bitsandbytes", "peft", "transformers.models.llama.modeling_llama"],
            "liger": ["bitsandbytes", "peft", "liger_kernel.transformers"], "trl": ["bitsandbytes", "peft", "trl.trainer.sft_trainer"], "unsloth": ["unsloth"]}
 
 def child(text:str)->int: # a job as JSON → exit code

@@ -49,7 +49,7 @@ def decoded(
     fix_4bit_weight_quant_state_from_module(layer)
     packed, state = layer.weight.data, copy(layer.weight.quant_state)
     state.dtype = dtype
-    if packed.is_cuda and triton and state.shape[-1] % 2 == 0: return decode(packed, state, A, B, s)
+    if packed.is_cuda and triton and state.blocksize == 64 and state.shape[-1] % 64 == 0: return decode(packed, state, A, B, s)
     if A is None: return unpack(packed, state)
     state.dtype = dtype if packed.is_meta else torch.float32 # on meta memory is predicted, and the kernel below has no such copy
     return unpack(packed, state).addmm_(B.float(), A.float(), alpha=s).to(dtype)
@@ -65,39 +65,39 @@ def decode_kernel(
     packed, code, absmax, # bytes of two weights each, 16 values, a scale for each block: fp32, or a code
     code2, absmax2, offset, # with double quantization: 256 values, a scale for each 256 blocks, the mean
     A, B, out, height, width, s, # [r, width], [height, r], the result [height, width]
-    r:"tl.constexpr", block:"tl.constexpr", nested:"tl.constexpr", precision:"tl.constexpr", # rank, weights of a block, double quantization?, of BA
-    bm:"tl.constexpr", bn:"tl.constexpr", br:"tl.constexpr", # rows and columns of a tile, ranks at a time
+    r:"tl.constexpr", nested:"tl.constexpr", thin:"tl.constexpr", precision:"tl.constexpr", # rank, double quantization?, dtype of A and B in BA, of fp32 factors
+    ranks:"tl.constexpr", # taken at a time
 ):
-    "Decode a tile and add s·BA to it."
-    i, pair, j = tl.program_id(1)*bm + tl.arange(0, bm), tl.program_id(0)*(bn//2) + tl.arange(0, bn//2), tl.program_id(0)*bn + tl.arange(0, bn)
-    place, inside = i[:, None]*(width//2) + pair[None, :], (i < height)[:, None] & (pair < width//2)[None, :]
-    two = tl.load(packed + place, mask=inside, other=0).to(tl.int32)
-    scale = place//(block//2)
-    t = tl.load(absmax + scale, mask=inside, other=0)
-    if nested: t = tl.load(code2 + t.to(tl.int32))*tl.load(absmax2 + scale//256, mask=inside, other=0) + tl.load(offset)
-    W = tl.interleave(tl.load(code + (two >> 4))*t, tl.load(code + (two & 15))*t)
-    for start in tl.static_range(0, r, br):
-        k = start + tl.arange(0, br)
-        b = tl.load(B + i[:, None]*r + k[None, :], mask=(i < height)[:, None] & (k < r)[None, :], other=0).to(tl.float32)
-        a = tl.load(A + k[:, None]*width + j[None, :], mask=(k < r)[:, None] & (j < width)[None, :], other=0).to(tl.float32)
-        W += s*tl.dot(b, a, input_precision=precision)
-    tl.store(out + i[:, None]*width + j[None, :], W.to(out.dtype.element_ty), mask=(i < height)[:, None] & (j < width)[None, :])
+    "Decode a block of 64 rows and add s·BA to it."
+    block, i, j = tl.program_id(0), tl.program_id(1)*64 + tl.arange(0, 64), tl.program_id(0)*64 + tl.arange(0, 64)
+    row, place = (i < height)[:, None], i*(width//64) + block
+    two = tl.load(packed + place[:, None]*32 + tl.arange(0, 32)[None, :], mask=row, other=0).to(tl.int32)
+    t = tl.load(absmax + place, mask=i < height, other=0)
+    if nested: t = tl.load(code2 + t.to(tl.int32))*tl.load(absmax2 + place//256, mask=i < height, other=0) + tl.load(offset)
+    W = tl.interleave(tl.load(code + (two >> 4)), tl.load(code + (two & 15)))*t[:, None]
+    for start in tl.static_range(0, r, ranks):
+        k = start + tl.arange(0, ranks)
+        b = tl.load(B + i[:, None]*r + k[None, :], mask=row & (k < r)[None, :], other=0).to(tl.float32)*s
+        a = tl.load(A + k[:, None]*width + j[None, :], mask=(k < r)[:, None], other=0)
+        W += tl.dot(b.to(thin), a.to(thin), input_precision=precision)
+    tl.store(out + i[:, None]*width + j[None, :], W.to(out.dtype.element_ty), mask=row)
 
 # %% ../nbs/05b_linear.ipynb #05blinear020
 _decode = triton.jit(decode_kernel) if triton else None
 
 def decode(
     packed:Tensor, # on a card, n/2 bytes in any dtype
-    state, # bitsandbytes' QuantState; its dtype is that of the result
+    state, # bitsandbytes' QuantState, of blocks of 64 and rows of whole blocks; its dtype is that of the result
     A:Tensor|None=None, B:Tensor|None=None, s:float=0.0, # [r, D_in], [D_out, r], α/r
 ) -> Tensor: # W, or W + s·BA, of the state's shape
     "Decode NF4 or FP4 in one kernel."
     out, r = torch.empty(state.shape, dtype=state.dtype, device=packed.device), 0 if A is None else len(A)
     second, mean = (state.state2, state.offset) if state.nested else (state, state.absmax)
     a, b = (A.contiguous(), B.contiguous()) if r else (out, out)
-    grid = triton.cdiv(out.shape[1], 256), triton.cdiv(out.shape[0], 32)
-    _decode[grid](packed.view(-1).view(torch.uint8), state.code, state.absmax, second.code, second.absmax, mean, a, b, out, *out.shape, float(s),
-                  r, state.blocksize, state.nested, "ieee" if out.dtype == torch.float32 else "tf32", 32, 256, 16 if r <= 16 else 32, enable_fp_fusion=False)
+    thin = tl.bfloat16 if out.dtype == torch.bfloat16 else tl.float32
+    _decode[out.shape[1]//64, triton.cdiv(out.shape[0], 64)](
+        packed.view(-1).view(torch.uint8), state.code, state.absmax, second.code, second.absmax, mean, a, b, out, *out.shape, float(s),
+        r, state.nested, thin, "ieee" if out.dtype == torch.float32 else "tf32", 16 if r <= 16 else 32, enable_fp_fusion=False)
     return out
 
 # %% ../nbs/05b_linear.ipynb #05blinear022

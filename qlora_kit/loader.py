@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'COMPUTED', 'SCALES', 'SMALL', 'EMBEDDED', 'open_tensors', 'tensor_files', 'read_flat', 'read_turned',
-           'Tensors', 'Piece', 'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack', 'byte_places', 'stretch',
-           'read_into', 'fill', 'Lane', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton', 'slots',
+           'Tensors', 'Piece', 'runs', 'run_length', 'pack_run', 'stored', 'codebook', 'scales', 'pack', 'byte_places',
+           'stretch', 'read_into', 'Lane', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton', 'slots',
            'Unstreamable', 'file_names', 'match_names', 'is_packed', 'complain', 'reader', 'make_tensor', 'frozen',
            'copy_run', 'read_packed', 'saved_scales', 'saved_pack', 'quantization_config', 'load_model', 'check_tied',
            'finish', 'whole', 'packed_hash', 'cache_folder', 'convert_once', 'gguf_to_safetensors', 'weight_files',
@@ -13,17 +13,17 @@ __all__ = ['INDEX', 'COMPUTED', 'SCALES', 'SMALL', 'EMBEDDED', 'open_tensors', '
            'whole_notice', 'load_whole']
 
 # %% ../nbs/04_loader.ipynb #04loader002
-import hashlib, io, json, math, os, re, shutil, sys, zipfile
+import hashlib, io, json, math, os, re, shutil, sys, threading, zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import bitsandbytes, torch, transformers
 from accelerate import init_empty_weights
-from bitsandbytes.functional import QuantState, get_4bit_type, quantize_4bit, quantize_blockwise
+from bitsandbytes.functional import QuantState, get_4bit_type, quantize_blockwise
 from bitsandbytes.nn import Linear4bit, Params4bit
 from filelock import FileLock
 from huggingface_hub import errors as hub_errors, snapshot_download
@@ -92,7 +92,7 @@ def read_turned(
 class Tensors:
     "The tensors of a checkpoint folder by name, read in parts, for a card onto it; `bytes` counts what was asked for."
     def __init__(self, folder:Path, device="cpu"):
-        self.files, self.bytes, self.open = tensor_files(folder), 0, {}
+        self.files, self.bytes, self.open, self.lock = tensor_files(folder), 0, {}, threading.Lock()
         self.lane = Lane(device) if torch.device(device).type == "cuda" else None
     def __contains__(self, name:str) -> bool: return name in self.files
     def __iter__(self): return iter(self.files)
@@ -103,8 +103,13 @@ class Tensors:
     def __getitem__(self, name:str): return Piece(self, name) # a `Piece`
     def whole(self, name:str) -> Tensor: # of any shape, () too; in the memory of the host
         tensor = self.handle(name).get_tensor(name)
-        self.bytes += tensor.nbytes
+        self.count(tensor.nbytes)
         return tensor
+    def count(self, n:int):
+        with self.lock: self.bytes += n
+    def each(self, work, items): # work(item) for each item, in order
+        "Several at a time where that is faster: on the way to a card."
+        return self.lane.pool.map(work, items) if self.lane else map(work, items)
 
 # %% ../nbs/04_loader.ipynb #04loader027
 class Piece:
@@ -115,7 +120,7 @@ class Piece:
         lane = self.tensors.lane
         where = lane and stretch(self.get_shape(), index)
         part = lane.part(self.tensors.files[self.name], self.name, self.slice[:0].dtype, *where) if where else self.slice[index]
-        self.tensors.bytes += part.nbytes
+        self.tensors.count(part.nbytes)
         return part
 
 # %% ../nbs/04_loader.ipynb #04loader030
@@ -135,7 +140,7 @@ def run_length(
     device, # where the weights are quantized
 ) -> int:   # weights
     "How many weights to hold in their wide form at once."
-    return 2**15*max(2, torch.get_num_threads()) if torch.device(device).type == "cpu" else 2**24
+    return 2**15*max(2, torch.get_num_threads()) if torch.device(device).type == "cpu" else 2**25
 
 # %% ../nbs/04_loader.ipynb #04loader035
 def pack_run(
@@ -148,9 +153,9 @@ def pack_run(
     packed = torch.empty((b - a + 1)//2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-(b - a)//64), dtype=torch.float32, device=device)
     for x, y in runs(a, b, like.shape[1], run_length(device)):
-        codes, state = quantize_4bit(read(x, y).to(device).to(like.dtype), blocksize=64, quant_type=like.quant_type)
+        codes, largest = torch.ops.bitsandbytes.quantize_4bit(read(x, y).to(device).to(like.dtype), 64, like.quant_type, torch.uint8)
         packed[(x - a)//2:][:codes.numel()] = codes.flatten()
-        absmax[(x - a)//64:][:state.absmax.numel()] = state.absmax
+        absmax[(x - a)//64:][:largest.numel()] = largest
     return packed, absmax
 
 # %% ../nbs/04_loader.ipynb #04loader037
@@ -164,6 +169,12 @@ def stored(
                         f"{tuple(like.shape)} packs into {packed.numel()}; use quant_storage uint8")
     return packed.view(like.quant_storage)
 
+# %% ../nbs/04_loader.ipynb #04loader040a
+@cache
+def codebook(quant_type:str, device) -> Tensor: # [16] fp32
+    "The sixteen values, brought to a device once."
+    return get_4bit_type(quant_type, device=device)
+
 # %% ../nbs/04_loader.ipynb #04loader041
 def scales(
     absmax:Tensor,   # [N/64] fp32, the largest magnitude of each block
@@ -172,7 +183,7 @@ def scales(
 ) -> QuantState:     # what bitsandbytes keeps beside packed weights
     "Block scales as bitsandbytes keeps them, doubly quantized on demand (QLoRA, arXiv 2305.14314, section 3)."
     common = dict(shape=like.shape, dtype=like.dtype, blocksize=64, quant_type=like.quant_type,
-                  code=get_4bit_type(like.quant_type, device=absmax.device))
+                  code=codebook(like.quant_type, absmax.device))
     if not like.compress_statistics: return QuantState(absmax=absmax, **common)
     offset = absmax.mean() if offset is None else offset
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=256)
@@ -212,32 +223,28 @@ def stretch(
 
 # %% ../nbs/04_loader.ipynb #04loader051
 def read_into(
+    file,            # open, unbuffered, where the bytes begin
     view:memoryview, # n bytes of memory
-    file:Path, start:int, # what to read, and from which byte on
 ):
     "Fill memory from a file. `UserError` if the file ends too early."
-    with open(file, "rb", buffering=0) as f:
-        f.seek(start)
-        while view:
-            if not (n := f.readinto(view)): raise UserError(f"{file}: ends after {f.tell()} bytes and should have {len(view)} more; fetch the file again")
-            view = view[n:]
-
-def fill(
-    buffer:Tensor, # [n] uint8, in the memory of the host
-    file:Path, start:int, # what to read, and from which byte on
-    pool:ThreadPoolExecutor, threads:int=8, # who reads, and in how many parts
-):
-    "Read n bytes of a file."
-    view, step = memoryview(buffer.numpy()), max(1, -(-len(buffer)//threads))
-    list(pool.map(lambda a: read_into(view[a:a + step], file, start + a), range(0, len(buffer), step)))
+    while view:
+        if not (n := file.readinto(view)): raise UserError(f"{file.name}: ends after {file.tell()} bytes and should have {len(view)} more; fetch the file again")
+        view = view[n:]
 
 # %% ../nbs/04_loader.ipynb #04loader054
 class Lane:
-    "Carries stretches of files to a card."
-    def __init__(self, device, size:int=2**26): # bytes of a buffer
-        self.device, self.size, self.places, self.pool, self.turn = device, size, {}, ThreadPoolExecutor(8), 0
-        self.buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(3)]
-        self.sent = [torch.cuda.Event() for _ in self.buffers]
+    "Carries stretches of files to a card, for several threads at a time."
+    def __init__(self, device, size:int=2**23, threads:int=8): # bytes of a buffer
+        self.device, self.size, self.places, self.own = torch.empty(0, device=device).device, size, {}, threading.local()
+        self.pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(self.device,))
+
+    def buffer(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event behind its last copy
+        "The thread's buffer whose turn it is."
+        if not hasattr(self.own, "two"):
+            pinned = [torch.empty(self.size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self.own.two = [(b, memoryview(b.numpy()), torch.cuda.Event()) for b in pinned]
+        self.own.two.reverse()
+        return self.own.two[0]
 
     def part(self, file:Path, name:str, dtype:torch.dtype, first:int, count:int, shape:list[int]) -> Tensor: # on the card
         "Numbers of a tensor, as `stretch` names them."
@@ -246,14 +253,15 @@ class Lane:
 
     def carry(self, file:Path, start:int, n:int) -> Tensor: # [n] uint8 on the card
         "Bytes of a file."
-        out = torch.empty(n, dtype=torch.uint8, device=self.device)
-        for a in range(0, n, self.size):
-            self.turn = (self.turn + 1) % len(self.buffers)
-            buffer, sent = self.buffers[self.turn][:n - a], self.sent[self.turn]
-            sent.synchronize() # what it held last has arrived
-            fill(buffer, file, start + a, self.pool)
-            out[a:a + len(buffer)].copy_(buffer, non_blocking=True)
-            sent.record(torch.cuda.current_stream(self.device))
+        out, stream = torch.empty(n, dtype=torch.uint8, device=self.device), torch.cuda.current_stream(self.device)
+        with open(file, "rb", buffering=0) as f:
+            f.seek(start)
+            for part in out.split(self.size):
+                buffer, view, sent = self.buffer()
+                sent.synchronize() # what it held last has arrived
+                read_into(f, view[:len(part)])
+                part.copy_(buffer[:len(part)], non_blocking=True)
+                sent.record(stream)
         return out
 
 # %% ../nbs/04_loader.ipynb #04loader056
@@ -497,10 +505,9 @@ def load_model(
     except Unstreamable as e:
         if os.environ.get("RANK", "0") == "0": print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
         return load_whole(folder, model, dtype, device)
-    for slot, keys in progress(list(zip(places, found)), "loading" if quantization is None else "quantizing", quiet):
-        if not keys: continue # a buffer that the model has computed
-        check_tied(keys, tensors)
-        new = make_tensor(*slot[0][:2], tensors, keys[0], device)
+    full = [pair for pair in zip(places, found) if pair[1]] # the others are buffers that the model has computed
+    def make(pair): check_tied(pair[1], tensors); return make_tensor(*pair[0][0][:2], tensors, pair[1][0], device)
+    for (slot, _), new in zip(progress(full, "loading" if quantization is None else "quantizing", quiet), tensors.each(make, full)):
         for module, name, _ in slot: setattr(module, name, new)
     return finish(model, folder)
 

@@ -205,8 +205,8 @@ def load_batch(
     "Fill slots with sharded parameters."
     device, absmax = init.local_device, torch.zeros(sum(counts), device=init.local_device)
     with together(device):
-        parts = [read_share(slot[0], tensors, keys[0], init.rank, init.dp_world_size, mine, device)
-                 for (slot, keys), mine in zip(found, absmax.split(counts))]
+        read = lambda pair, mine: read_share(pair[0][0], tensors, pair[1][0], init.rank, init.dp_world_size, mine, device)
+        parts = list(tensors.each(lambda job: read(*job), zip(found, absmax.split(counts))))
     for (slot, _), (complete, offset) in zip(found, share_scales(absmax, counts)):
         own, state = parts.pop(0) # the shard is a copy: this one goes when it has been made
         if len(complete): state = scales(complete.clone(), getattr(*slot[0][:2]), offset.clone())

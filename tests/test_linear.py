@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -327,3 +328,23 @@ def test_on_a_card_it_is_peft_s_result_and_faster(folders):
     same(step(model, IDS.cuda()), theirs, 1e-4)
     row = bench_linears(rounds=5)
     assert row["ratio"] > 1.1 and row["ours_gb"] <= row["peft_gb"], row
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", [(100, 192), (33, 64), (1024, 4096)])
+def test_the_kernel_decodes_as_bitsandbytes_and_adds_the_update(shape, quant_type, double):
+    """Without an update bit for bit; with one against fp64, within the rounding of the result and, in 16 bits, of A and B."""
+    torch.manual_seed(0)
+    packed, state = quantize_4bit(torch.randn(shape, device="cuda"), quant_type=quant_type, compress_statistics=double)
+    state.dtype = torch.float32
+    W = dequantize_4bit(packed, state).double()
+    for dtype, most in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-22)):
+        state.dtype = dtype
+        assert torch.equal(linear.decode(packed, state), dequantize_4bit(packed, state))
+        for r in (1, 16, 40):
+            A, B = torch.randn(r, shape[1], device="cuda"), torch.randn(shape[0], r, device="cuda")*0.05
+            expected = W + 2*B.double() @ A.double()
+            assert (linear.decode(packed, state, A, B, 2.0).double() - expected).norm() <= most*expected.norm()

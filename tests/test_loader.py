@@ -98,6 +98,7 @@ print(peak, sum(p.numel()*p.element_size() for p in model.parameters())/2**20)
 """
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name,args", [("llama", {}), ("gpt2", {"dtype": torch.bfloat16, "quant_storage": "bfloat16"})])
 def test_equals_transformers_on_cuda(folders, name, args, monkeypatch):
