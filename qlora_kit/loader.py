@@ -183,7 +183,7 @@ def scales(
 ) -> QuantState:     # what bitsandbytes keeps beside packed weights
     "Block scales as bitsandbytes keeps them, doubly quantized on demand (QLoRA, arXiv 2305.14314, section 3)."
     common = dict(shape=like.shape, dtype=like.dtype, blocksize=64, quant_type=like.quant_type,
-                  code=codebook(like.quant_type, absmax.device))
+                  code=codebook(like.quant_type, absmax.device).clone()) # transformers does not save what is shared
     if not like.compress_statistics: return QuantState(absmax=absmax, **common)
     offset = absmax.mean() if offset is None else offset
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=256)
@@ -237,6 +237,7 @@ class Lane:
     def __init__(self, device, size:int=2**23, threads:int=8): # bytes of a buffer
         self.device, self.size, self.places, self.own = torch.empty(0, device=device).device, size, {}, threading.local()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device, initargs=(self.device,))
+        for _ in range(threads): self.pool.submit(self.buffer) # pinning takes a while
 
     def buffer(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event behind its last copy
         "The thread's buffer whose turn it is."
@@ -499,13 +500,15 @@ def load_model(
 ) -> PreTrainedModel:                # in eval mode; PEFT sees a model that transformers loaded in 4 bits
     "A causal language model with 4-bit linears, never holding more than itself and a few rows."
     folder, quantization = Path(folder), quantization_config(quant_type, double_quant, quant_storage, dtype)
-    model = skeleton(folder, quantization, dtype, device)
-    tensors, places = Tensors(folder, device), slots(model)
+    tensors, model = Tensors(folder, device), skeleton(folder, quantization, dtype, device)
+    places = slots(model)
     try: found = match_names(model, places, tensors)
     except Unstreamable as e:
         if os.environ.get("RANK", "0") == "0": print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
         return load_whole(folder, model, dtype, device)
     full = [pair for pair in zip(places, found) if pair[1]] # the others are buffers that the model has computed
+    most = sum(p.numel() for p in model.parameters())/32
+    full.sort(key=lambda pair: getattr(*pair[0][0][:2]).numel() < most) # huge ones first: no thread should be left with one at the end
     def make(pair): check_tied(pair[1], tensors); return make_tensor(*pair[0][0][:2], tensors, pair[1][0], device)
     for (slot, _), new in zip(progress(full, "loading" if quantization is None else "quantizing", quiet), tensors.each(make, full)):
         for module, name, _ in slot: setattr(module, name, new)
