@@ -25,9 +25,9 @@ from pygments.lexers import PythonLexer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROC, OUT = ROOT / "_proc", ROOT / "_docs"
-KATEX, WIDGETS = "0.16.11", "1.0.15"  # npm's katex and @jupyter-widgets/html-manager
+KATEX, WIDGETS, HAN = "0.16.11", "1.0.15", "5.3.1"  # npm's katex, @jupyter-widgets/html-manager and @fontsource-variable/noto-sans-sc
 CDN = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\d.]+/dist")
-MANAGER = "@jupyter-widgets/html-manager"
+MANAGER, FONT = "@jupyter-widgets/html-manager", "@fontsource-variable/noto-sans-sc"
 VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"
 CONTROL = re.compile(r"Slider|Button|Dropdown|Select|Text|Checkbox|Play|Picker|Tags|Combobox|Toggle|Upload")
 MOVES = {"en": "A still: its controls work in JupyterLab, where a kernel computes.", "zh": "静态图片：其中的控件在 JupyterLab 里由内核计算后才会动。"}
@@ -446,6 +446,8 @@ def mend(file, moved, modules):
             caption(page, still)
     if page.select_one(f'script[type="{VIEW}"]'):
         page.body.append(page.new_tag("script", src=f"{up}site_libs/{MANAGER}/embed.js"))
+    if page.html.get("lang") == "zh":  # in pieces, of which a browser fetches those it needs
+        page.head.append(page.new_tag("link", rel="stylesheet", href=f"{up}site_libs/{FONT}/wght.css"))
     for script in page.select("script[src]"):
         script["defer"] = ""  # nothing is painted later for it
     for table in page.select("table"):
@@ -492,6 +494,7 @@ def build():
     vendor("katex", KATEX, r"dist/(katex\.min\.(css|js)|contrib/auto-render\.min\.js|fonts/.*\.woff2)$")
     vendor(MANAGER, WIDGETS, r"dist/(embed\.js|.*\.woff2)$")
     quiet(OUT / "site_libs" / MANAGER / "embed.js")
+    vendor(FONT, HAN, r"(LICENSE|wght\.css|files/.*\.woff2)$")
     moved, modules = rename_pages(), pages_of_modules()
     add_sources()
     for file in sorted(OUT.rglob("*.html")):

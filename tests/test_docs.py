@@ -215,3 +215,12 @@ def test_both_first_pages_have_the_same_parts():
     assert shape(english) == shape(chinese)
     hrefs = lambda doc: {a["href"] for a in doc.select("main p a, main td a") if not re.match(r"[a-z]+:|#", a["href"]) and "term" not in a.get("class", [])}
     assert hrefs(english) ^ hrefs(chinese) <= {"zh.html", "index.html", "notebooks/index.ipynb"}
+
+
+def test_the_chinese_page_brings_its_letters(browser):
+    """A browser without Chinese fonts finds them in the site."""
+    tab = browser.new_page()
+    tab.goto((SITE / "zh.html").as_uri())
+    faces = tab.evaluate("async () => { await document.fonts.ready; return [...document.fonts].filter(f => f.family.includes('Noto Sans SC') && f.status === 'loaded').length }")
+    tab.close()
+    assert faces > 5
