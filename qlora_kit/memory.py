@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 # %% ../nbs/07_memory.ipynb #07memory004
 from .data import UserError
 from .linear import fast_linears
-from .loader import finish, quantization_config, read_config, run_length, scales, skeleton, stored
+from .loader import finish, THREADS, quantization_config, read_config, run_length, scales, skeleton, stored
 from .ladder import RUNGS, climb, decoder_layers, in_words, ladder
 from .lora import add_lora, check_targets
 from .loss import head_loss, split_model
@@ -368,7 +368,7 @@ def loading(setup:Setup)->int: # bytes beside the weights
     "The piece in flight while a model loads."
     a = anatomy(setup)
     run = min(run_length(setup.device), a.largest)
-    piece = int(run*(2.5 if setup.device == "cuda" else 16)) + 2*4*a.largest//64
+    piece = THREADS*int(2.5*run + 2*4*a.largest/64) if setup.device == "cuda" else 16*run + 2*4*a.largest//64
     return piece + (max(*a.packed, *a.wide) if setup.stage == 3 and setup.ranks > 1 and a.packed else 0)
 
 # %% ../nbs/07_memory.ipynb #07memory061
