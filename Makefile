@@ -33,8 +33,8 @@ test: install ops ## every notebook, every unit test, and the check that noteboo
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
 
-test-tutorials: install ops ## the five tutorials, with real runs and launches (about nine minutes)
-	$(BIN)/python -m pytest -q -m tutorials tests
+test-tutorials: install ops ## the five tutorials, with real runs and launches (about six minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m tutorials tests
 
 test-browser: install ops ## widgets in a real JupyterLab in a real browser
 	@sh .ci/system-packages browser
