@@ -321,3 +321,11 @@ def test_the_advice_is_in_the_words_of_the_config():
     values = override({}, as_words(change).split())
     assert values["training"] == dict(recompute="layer", batch_size=2, gradient_accumulation_steps=2, max_length=512)
     assert values["deepspeed"] == dict(stage=3, offload_param="cpu", offload_optimizer="cpu")
+
+
+def test_the_peak_of_loading_is_what_a_card_measured():
+    """8B, quantized by eight threads: at least the peak that the bench wrote down, since a run must fit, and at most 6 % above."""
+    lines = map(json.loads, (Path(__file__).parent.parent / "nbs/studies/peers.jsonl").read_text(encoding="utf-8").splitlines())
+    line = [x for x in lines if (x["task"], x["who"], x["shape"]) == ("load", "kit", "llama-3.1-8b")][-1]
+    predicted = predict(Setup(line["shape"], device="cuda", dtype="bfloat16")).totals["load"] / GB
+    assert line["peak_gb"] <= predicted <= 1.06 * line["peak_gb"]
