@@ -261,7 +261,7 @@ def large_model(job:dict, cfg, place, tell): # PeftModel
     from qlora_kit.memory import GB, predict, rungs_of, shape_text, stand_in
     from qlora_kit.pointwise import fast_pointwise
     from qlora_kit.train import choose_rungs, memory_limit, memory_setup
-    setup = choose_rungs(memory_setup(cfg, job["shape"], place.device, length=job["T"]), job["setting"], memory_limit(place))
+    setup = choose_rungs(memory_setup(cfg, job["shape"], place.device, length=job["T"]), job["setting"], *memory_limit(place))
     model = add_lora(stand_in(shape_text(job["shape"]), dtype=numbers(), device=place.device), job["rank"], 2*job["rank"], 0.0, seed=0)
     fast_linears(model); fast_pointwise(model); climb(model, rungs_of(setup))
     tell(predicted_gb=predict(setup).peak/GB, layers=in_words(rungs_of(setup)))
@@ -614,7 +614,7 @@ CONTESTANTS = {"kit": Contestant("qlora_kit", ()), "plain": Contestant("peft", (
                "liger": Contestant("peft + liger-kernel", ("liger-kernel",)), "trl": Contestant("TRL", ("trl",))}
 
 # %% ../nbs/18_bench.ipynb #18bench109
-SETTINGS = {("tokens", "kit"): ("auto", "layer", "host"), ("tokens", "plain"): ("checkpointing",), ("tokens", "unsloth"): ("its checkpointing", "nothing recomputed"),
+SETTINGS = {("tokens", "kit"): ("auto", "layer", "mlp_host"), ("tokens", "plain"): ("checkpointing",), ("tokens", "unsloth"): ("its checkpointing", "nothing recomputed"),
             ("load", "kit"): ("",), ("load", "plain"): ("",), ("rows", "kit"): ("auto",), ("rows", "trl"): ("checkpointing",), ("rows", "unsloth"): ("nothing recomputed",),
             ("tokens", "liger"): ("checkpointing",), ("tokens", "trl"): ("checkpointing",)} # in this order
 
@@ -733,7 +733,7 @@ def parse_fields(text:str)->dict: # "prompt=question,completion=answer" → our 
 # %% ../nbs/18_bench.ipynb #18bench134
 def bench(shape:str="llama-3.1-8b", batch:str="4x2048", # as on the command line
     steps:int=8, rank:int=16, against:str|None=None, # None: everybody
-    recompute:str="auto,layer,host", rows:str|None=None, fields:str="", tokenizer:str|None=None, load:bool=False,
+    recompute:str="auto,layer,mlp_host", rows:str|None=None, fields:str="", tokenizer:str|None=None, load:bool=False,
     out:Path|None=None, peers_path:Path|None=None, workdir:Path|None=None, timeout:float=300, say=print, # told each line
     )->tuple[list, bool]: # lines, and whether the kit's were measured and right; `UserError` before anything is started
     "Measure everybody."

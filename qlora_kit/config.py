@@ -55,7 +55,7 @@ class ModelConfig(Section):
     create_model: str | None = None             # "models.create_model": a function of yours that builds the model
 
 # %% ../nbs/14_config.ipynb #14config015
-RECOMPUTE = ("auto", "dense", "none", "pointwise", "mlp", "layer", "host")
+RECOMPUTE = ("auto", "dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 
 def check_recompute(value:str)->str: # the same
     "A rung, `auto` or a size."

@@ -116,7 +116,7 @@ def local_step(self:LocalEngine, lr:float)->float|torch.Tensor: # gradient norm 
     "Clip, update, forget the gradients."
     set_lr(self.optimizer, lr)
     self.scaler.unscale_(self.optimizer)
-    norm = nn.utils.clip_grad_norm_(trainable(self.module).values(), self.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.max_grad_norm)
     unread = not self.fp16 and bool(self.optimizer.defaults.get("fused"))
     if unread: self.optimizer.found_inf = (~torch.isfinite(norm)).float(); self.optimizer.step()
     elif torch.isfinite(norm): self.scaler.step(self.optimizer)

@@ -632,7 +632,7 @@ def bench(shape: Annotated[str, typer.Option(help="tiny, smollm2-135m, llama-3.2
     steps: Annotated[int, typer.Option(min=1, help="Timed, after three that warm up")] = 8,
     rank: Annotated[int, typer.Option(min=1, help="Of the adapter")] = 16,
     against: Annotated[str | None, typer.Option(help="Of plain,unsloth,liger,trl; all that are installed if left out")] = None,
-    recompute: Annotated[str, typer.Option(help="The kit's lines: auto, or rungs of the ladder")] = "auto,layer,host",
+    recompute: Annotated[str, typer.Option(help="The kit's lines: auto, or rungs of the ladder")] = "auto,layer,mlp_host",
     rows: Annotated[str | None, typer.Option(help="A file of real rows, to measure packed training too")] = None,
     fields: Annotated[str, typer.Option(help="Its columns, e.g. prompt=question,completion=answer")] = "",
     tokenizer: Annotated[str | None, typer.Option(help="Folder or embedded model whose tokenizer to take; one is trained on the rows if left out")] = None,

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODEL', 'TRACED', 'GB', 'shape_text', 'Setup', 'stand_in', 'fill', 'Anatomy', 'count', 'anatomy',
-           'scale_bytes', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'trace', 'short_model',
-           'forward', 'measure_loss', 'by_module', 'layer_input', 'trace_rung', 'share', 'moment_bytes',
+           'scale_bytes', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'layer_input', 'trace',
+           'short_model', 'forward', 'measure_loss', 'by_module', 'trace_rung', 'share', 'moment_bytes',
            'trained_bytes', 'resident', 'loading', 'gathered', 'rungs_of', 'backward_peak', 'kept_in_all', 'Prediction',
            'predict', 'memory_table', 'plot_memory', 'Fit', 'context', 'fit_card', 'parse_size', 'changes',
-           'smallest_change', 'fill_card', 'traffic', 'traffic_seconds']
+           'smallest_change', 'fill_card', 'descend', 'traffic', 'traffic_seconds']
 
 # %% ../nbs/07_memory.ipynb #07memory002
 import json, math, re, tempfile, weakref
@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from .data import UserError
 from .linear import fast_linears
 from .loader import finish, THREADS, quantization_config, read_config, run_length, scales, skeleton, stored
-from .ladder import RUNGS, climb, decoder_layers, in_words, ladder
+from .ladder import AWAY, HERE, ROOM, RUNGS, climb, decoder_layers, in_words, ladder, mlp_of
 from .lora import add_lora, check_targets
 from .loss import head_loss, split_model
 from .pointwise import fast_pointwise
@@ -238,6 +238,7 @@ class Trace:
     "Bytes of one micro-batch, by name."
     outside: dict  # kept outside of the layers
     layer: dict    # kept by one layer, by the module that made it
+    large: int     # kept by one layer in large tensors, which may wait elsewhere
     kept: int      # kept in all, L layers
     loss: int      # on top while a chunk of logits is alive
     backward: int  # on top while a layer goes backward, dequantized matrix included
@@ -245,11 +246,17 @@ class Trace:
 
 TRACED = 3 # decoder layers: the first, the last, one between
 
+# %% ../nbs/07_memory.ipynb #07memory036b
+def layer_input(setup:Setup)->int: # bytes
+    "The hidden states that go into a layer."
+    a = anatomy(setup)
+    return setup.batch*setup.length*a.width*a.itemsize
+
 # %% ../nbs/07_memory.ipynb #07memory037
 @lru_cache(256)
-def trace(setup:Setup)->Trace: # cards, stage and optimizer make no difference
+def trace(setup:Setup)->Trace: # cards and optimizer make no difference, nor stages below 3
     "Run a training step on meta and write down its memory."
-    model, known, path = short_model(Setup(**{name: getattr(setup, name) for name in (*MODEL, "dropout", "recompute", "fast")}))
+    model, known, path = short_model(Setup(**{name: getattr(setup, name) for name in (*MODEL, "dropout", "recompute", "fast")}, stage=setup.stage//3*3))
     ledger = Ledger(known, path)
     with fused(setup.device), ledger:
         hidden = forward(model, setup)
@@ -258,8 +265,8 @@ def trace(setup:Setup)->Trace: # cards, stage and optimizer make no difference
         ledger.peak = start = ledger.now
         torch.autograd.backward(hidden, grad)
     model.zero_grad()
-    outside, layer, kept = by_module(alive, anatomy(setup).layers)
-    return Trace(outside, layer, kept, loss, ledger.peak - start, ledger.wide_at_peak)
+    (outside, layer, kept), (_, large, _) = (by_module(some, anatomy(setup).layers) for some in (alive, [a for a in alive if a[0] >= layer_input(setup)//8]))
+    return Trace(outside, layer, sum(large.values()), kept, loss, ledger.peak - start, ledger.wide_at_peak)
 
 # %% ../nbs/07_memory.ipynb #07memory039
 @lru_cache(16)
@@ -273,6 +280,8 @@ def short_model(m:Setup # only what concerns the model may differ from the defau
         with Ledger([]), fused("cpu"): fast_linears(model)
         fast_pointwise(model)
     climb(model, m.recompute)
+    for mlp in filter(None, map(mlp_of, decoder_layers(model) if m.stage == 3 else ())): # hooks that gather hide the recipe of its input
+        mlp.register_forward_pre_hook(lambda _, args: (args[0].view_as(args[0]), *args[1:]))
     known = [*model.parameters(), *model.buffers()]
     for name, module in model.named_modules():
         if state := getattr(module, "quant_state", None):
@@ -313,18 +322,13 @@ def by_module(alive:list, # (bytes, module path) of what the forward pass left
     return dict(outside), layer, sum(outside.values()) + sum(ends.values()) + sum(layer.values())*max(0, L - 2)
 
 # %% ../nbs/07_memory.ipynb #07memory050
-def layer_input(setup:Setup)->int: # bytes
-    "The hidden states that go into a layer."
-    a = anatomy(setup)
-    return setup.batch*setup.length*a.width*a.itemsize
-
 def trace_rung(setup:Setup, rung:str)->Trace: # as if all layers were on it
     "Trace a rung."
-    t = trace(replace(setup, recompute="layer" if rung == "host" else rung))
+    t = trace(replace(setup, recompute={"host": "layer", "mlp_host": "mlp"}.get(rung, rung)))
     if rung == "dense": return replace(t, wide=0)
-    if rung != "host" or setup.device == "cpu": return t
-    x, L = layer_input(setup), anatomy(setup).layers
-    return replace(t, layer={"inputs": sum(t.layer.values()) - x}, kept=t.kept - L*x, loss=t.loss + 2*x, backward=t.backward + 2*x)
+    if rung not in ROOM or setup.device == "cpu": return t
+    room, L = ROOM[rung]*layer_input(setup), anatomy(setup).layers
+    return replace(t, layer={"small": sum(t.layer.values()) - t.large}, kept=t.kept - L*t.large, loss=t.loss + room, backward=t.backward + room)
 
 # %% ../nbs/07_memory.ipynb #07memory053
 def share(sizes, # bytes of each tensor
@@ -360,8 +364,7 @@ def resident(setup:Setup)->tuple[dict, dict]: # name → bytes on the card, and 
             "norms and other plain weights": share(a.other, s, a.itemsize), **trained_bytes(s)}
     moved = ["packed weights", "embedding and head", "norms and other plain weights", "adapter"] if s.offload_param != "none" else []
     moved += ["gradients", "optimizer"] if s.offload_optimizer != "none" else []
-    away = rungs_of(s).count("host")*layer_input(s) if s.device == "cuda" else 0
-    return {k: 0 if k in moved else n for k, n in here.items()}, {k: here[k] for k in moved} | ({"layer inputs": away} if away else {})
+    return {k: 0 if k in moved else n for k, n in here.items()}, {k: here[k] for k in moved}
 
 # %% ../nbs/07_memory.ipynb #07memory059
 def loading(setup:Setup)->int: # bytes beside the weights
@@ -423,6 +426,7 @@ def predict(setup:Setup)->Prediction:
     early = 0 if loose else here["gradients"]
     late, kept, t = backward_peak(s, early, here["gradients"])
     head, pair = gathered(s)
+    away = sum(trace_rung(s, rung).large*rungs.count(rung) for rung in ROOM if rung in rungs and s.device == "cuda")
     blas = 32*2**20 if s.device == "cuda" else 0
     one = max(a.adapter)*4 if s.device == "cpu" else sum(a.adapter)*4//(s.ranks if s.stage else 1)
     moments = {"load": {**weights, "loading": loading(s)},
@@ -431,7 +435,7 @@ def predict(setup:Setup)->Prediction:
                             "workspace": t.wide + blas},
                "step": {**here, "workspace": blas + (0 if s.offload_optimizer != "none" else one)}}
     if s.answers and s.device == "cpu": moments["answers"] = {**weights, "adapter": here["adapter"], "dense weights": 2*sum(a.packed)*a.itemsize}
-    return Prediction(moments, elsewhere)
+    return Prediction(moments, elsewhere | ({"activations": away} if away else {}))
 
 # %% ../nbs/07_memory.ipynb #07memory068
 def memory_table(prediction:Prediction)->pd.DataFrame: # names × moments, GB, with a line of sums
@@ -496,7 +500,7 @@ def changes(s:Setup)->list[list[tuple]]: # kinds of change, each a list of (cost
     "What could be different, and how much one minds."
     halves = lambda n, least: [(i, n//2**i) for i in range(1, 20) if n % 2**i == 0 and n//2**i >= least]
     lower = RUNGS[RUNGS.index(rungs_of(s)[0]) + 1:]
-    found = [[(0.2*RUNGS.index(rung), dict(recompute=rung)) for rung in lower if rung != "host" or s.device == "cuda"],
+    found = [[(0.16*RUNGS.index(rung), dict(recompute=rung)) for rung in lower if rung not in ROOM or s.device == "cuda"],
              [(1.1*i, dict(batch=b, accumulation=s.accumulation*s.batch//b)) for i, b in halves(s.batch, 1)],
              [(3, dict(stage=3))]*(s.ranks > 1 and s.stage < 3),
              [(4*i, dict(length=T)) for i, T in halves(s.length, 256)]]
@@ -521,11 +525,20 @@ def smallest_change(setup:Setup, limit:int, # bytes of the card
 # %% ../nbs/07_memory.ipynb #07memory088
 def fill_card(setup:Setup, limit:int, # bytes of the card
     margin:float=0.05, # as in `fit_card`
+    host:int|None=None, # bytes of the machine's memory that activations of this rank may take; None: as many as they like
     )->Setup: # on the highest rungs that fit; on the last one if none does
     "Choose a rung for each layer."
+    for rungs in (AWAY, HERE) if setup.device == "cuda" else (HERE[:-1],):
+        fit = fit_card(descend(setup, rungs, limit, margin), limit, margin)
+        if fit.fits and fit.prediction.elsewhere.get("activations", 0) <= (host or math.inf): break
+    return fit.setup
+
+def descend(setup:Setup, rungs:tuple, # from high to low
+    limit:int, margin:float)->Setup:
+    "As few steps down as will fit."
     L = anatomy(setup).layers
-    low, high = L if setup.stage == 3 else 0, (5 if setup.device == "cuda" else 4)*L
-    at = lambda steps: replace(setup, recompute=ladder(L, steps))
+    low, high = L if setup.stage == 3 else 0, (len(rungs) - 1)*L
+    at = lambda steps: replace(setup, recompute=ladder(L, steps, rungs))
     while low < high:
         middle = (low + high)//2
         low, high = (low, middle) if fit_card(at(middle), limit, margin).fits else (middle + 1, high)

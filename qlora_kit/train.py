@@ -582,23 +582,24 @@ def as_words(change:dict)->str: # from `smallest_change`; for the command line
     return " ".join(f"{WORDS[name]}{value}" for name, value in change.items())
 
 # %% ../nbs/15_train.ipynb #15train089
-def memory_limit(place:Place)->int: # bytes for one rank
+def memory_limit(place:Place)->tuple[int, int]: # bytes for one rank: all in all, and of the machine's memory for activations that wait there
     "What there is."
     local = next((int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE") if k in os.environ), 1)
-    if place.device == "cpu": found = [psutil.virtual_memory().available//local]
-    else: found = [torch.cuda.get_device_properties(place.device).total_memory//-(-local//torch.cuda.device_count())]
+    free = psutil.virtual_memory().available//local
+    found = [free if place.device == "cpu" else torch.cuda.get_device_properties(place.device).total_memory//-(-local//torch.cuda.device_count()), free//2]
     if place.ranks > 1: torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+    return tuple(found)
 
 # %% ../nbs/15_train.ipynb #15train091
 def choose_rungs(setup:Setup,
     recompute:str, # a rung, auto, or a size such as 40GB
     limit:int, # bytes for one rank
+    host:int|None=None, # bytes of the machine's memory for one rank's activations; None: unknown
     )->Setup: # on these rungs
     "Do what `training.recompute` says."
     if recompute in RUNGS: return replace(setup, recompute=recompute)
-    if recompute == "auto": return fill_card(setup, limit//2 if setup.device == "cpu" else limit)
-    return fill_card(setup, min(limit, parse_size(recompute)), margin=0)
+    if recompute == "auto": return fill_card(setup, limit//2 if setup.device == "cpu" else limit, host=host)
+    return fill_card(setup, min(limit, parse_size(recompute)), margin=0, host=host)
 
 # %% ../nbs/15_train.ipynb #15train093
 def forecast(cfg:RunConfig, place:Place, deepspeed, force:bool, # start all the same
@@ -607,8 +608,8 @@ def forecast(cfg:RunConfig, place:Place, deepspeed, force:bool, # start all the 
     wish, kind = cfg.training.recompute, place.device.split(":")[0]
     unknown = None, wish if wish in RUNGS else "layer"
     if cfg.model.create_model or cfg.model.start_adapter: return unknown
-    limit = memory_limit(place)
-    try: fit = fit_card(choose_rungs(memory_setup(cfg, folder, kind, place.ranks, deepspeed, length), wish, limit), limit, margin=0)
+    limit, host = memory_limit(place)
+    try: fit = fit_card(choose_rungs(memory_setup(cfg, folder, kind, place.ranks, deepspeed, length), wish, limit, host), limit, margin=0)
     except UserError: raise
     except Exception as e: log.info("no memory prediction: %r", e); return unknown
     parts = fit.prediction

@@ -209,6 +209,29 @@ def test_the_diagram_leads_to_every_page():
                          if isinstance(p, str) and p.endswith(".ipynb")], name
 
 
+QUARTO = {  # key: its type or its values, from quarto-dev/quarto-cli, src/resources/schema
+    "project.type": ("default", "website", "book", "manuscript"), "project.output-dir": str,  # project.yml; closed: another key is an error
+    "format.html.theme.light": str, "format.html.theme.dark": str, "format.html.css": str,  # document-options.yml; closed below theme
+    "format.html.toc": bool, "format.html.toc-depth": int,  # document-toc.yml
+    "format.html.lang": str,  # document-language.yml
+    "website.title": str, "website.description": str, "website.page-navigation": bool, "website.search": bool,  # definitions.yml, base-website; closed
+    "website.sidebar.style": ("docked", "floating"), "website.sidebar.contents": list,  # the same
+}
+
+
+def test_quarto_knows_every_key_of_the_configuration():
+    """Where Quarto is missing smalldocs builds the site, by rules of its own; Quarto would stop at other keys, or pass over them in silence."""
+    import yaml
+
+    def leaves(value, path=()):
+        return [leaf for k, v in value.items() for leaf in leaves(v, (*path, k))] if isinstance(value, dict) else [(".".join(path), value)]
+
+    fits = lambda value, allowed: value in allowed if isinstance(allowed, tuple) else type(value) is allowed
+    found = leaves(yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8")))
+    wrong = [f"{key}: {value!r}; allowed: {QUARTO.get(key, 'no such key in the table')}" for key, value in found if key not in QUARTO or not fits(value, QUARTO[key])]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_both_first_pages_have_the_same_parts():
     english, chinese = soup(SITE / "index.html"), soup(SITE / "zh.html")
     shape = lambda doc: [(e.name, len(e.select("tr"))) for e in doc.select("main h2, main table, main .roadmap, main img")]

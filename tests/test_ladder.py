@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_kit import ladder, linear
-from qlora_kit.ladder import RUNGS, Away, HostMemory, climb, decoder_layers, in_words
+from qlora_kit.ladder import AWAY, HERE, RUNGS, Away, HostMemory, climb, decoder_layers, in_words
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import load_model
 from qlora_kit.lora import add_lora, lora_parameters
@@ -61,16 +61,28 @@ def test_every_rung_gives_the_same_bits(tiny_llama, dropout):
 
 def test_each_rung_keeps_less(tiny_llama):
     model, sizes = tuned(tiny_llama), []
-    for rung in RUNGS[1:5]:
+    for rung in HERE[1:5]:
         climb(model, rung)
         sizes.append(kept(model))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
 
 
+def test_an_mlp_that_is_recomputed_keeps_no_normed_input(tiny_llama):
+    """Its norm's input is kept already: a layer on `mlp` keeps five tensors as wide as q, k and v at most, and none twice."""
+    model = tuned(tiny_llama)
+    climb(model, "mlp")
+    config, tokens = model.config, IDS.numel()
+    head = config.hidden_size // config.num_attention_heads
+    wide = 4 * config.hidden_size + 2 * config.num_key_value_heads * head  # both norms' inputs, q, attention's result; k and v
+    small = 2 + config.num_attention_heads  # 1/rms of both norms, and attention's scale of each head
+    ends = 2 * config.hidden_size + 1  # the last norm, and its result
+    assert kept(model) <= 4 * tokens * (len(decoder_layers(model)) * (wide + small) + ends + 2 * head)
+
+
 def test_climbing_back_leaves_nothing(tiny_llama):
     model = tuned(tiny_llama)
     before = {name: vars(m).get("forward") for name, m in model.named_modules()}
-    for rung in ("dense", "mlp", "layer", "host", "none"):
+    for rung in ("dense", "mlp", "mlp_host", "layer", "host", "none"):
         climb(model, rung)
     assert {name: vars(m).get("forward") for name, m in model.named_modules()} == before
     assert not any(m.remake or m.dense for m in model.modules() if isinstance(m, Linear4bit))
@@ -91,8 +103,10 @@ def test_rungs_go_down_layer_by_layer():
     walks = [ladder.ladder(3, n) for n in range(16)]
     assert walks[0] == ("dense",) * 3 and walks[4] == ("pointwise", "none", "none") and walks[15] == ("host",) * 3
     for a, b in zip(walks, walks[1:]):
-        assert sum(RUNGS.index(y) - RUNGS.index(x) for x, y in zip(a, b)) == 1
-        assert [RUNGS.index(r) for r in b] == sorted((RUNGS.index(r) for r in b), reverse=True)
+        assert sum(HERE.index(y) - HERE.index(x) for x, y in zip(a, b)) == 1
+        assert [HERE.index(r) for r in b] == sorted((HERE.index(r) for r in b), reverse=True)
+    assert ladder.ladder(3, 10, AWAY) == ("mlp_host", "mlp", "mlp") and ladder.ladder(3, 99, AWAY) == ("mlp_host",) * 3
+    assert {*HERE, *AWAY} == {*RUNGS}
     assert in_words(walks[4]) == "2 none, 1 pointwise"
 
 
@@ -101,7 +115,8 @@ def test_wrong_rungs_are_refused(tiny_llama):
         climb(tuned(tiny_llama), ["none"])
 
 
-def test_a_hidden_state_that_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch):
+@pytest.mark.parametrize("rung, each", [("host", 1), ("mlp_host", 6)])
+def test_what_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch, rung, each):
     """On a CPU the way to the host is played: sending copies, and the storage of what was sent must be gone when the forward pass ends."""
     sent = []
 
@@ -119,13 +134,40 @@ def test_a_hidden_state_that_was_sent_away_is_held_by_nobody(tiny_llama, monkeyp
     monkeypatch.setattr(ladder, "HostMemory", Played)
     model = tuned(tiny_llama)
     expected = step(model)
-    climb(model, "host")
+    climb(model, rung)
     model.zero_grad()
     loss = model(input_ids=IDS, labels=IDS).loss
     gc.collect()
-    assert len(sent) == len(decoder_layers(model)) and all(ref.expired() for ref in sent)
+    assert len(sent) == each * len(decoder_layers(model)) and all(ref.expired() for ref in sent)  # six: both norms' inputs, q, k, v, attention's result
     loss.backward()
     assert all(map(torch.equal, [loss.detach(), *(p.grad for p in lora_parameters(model).values())], expected))
+
+
+@pytest.mark.parametrize("rung", ["host", "mlp_host"])
+def test_masks_positions_and_weights_stay(tiny_llama, monkeypatch, rung):
+    """A padded batch has a mask of B x 1 x T x T; a model that is not quantized has weights larger than its hidden states."""
+    places = []
+
+    class Played(HostMemory):
+        def send(self, x):
+            places.append(x.data_ptr())
+            return Away(x.clone(), x.device, None)
+
+        def fetch(self, away):
+            return away.host
+
+        def takes(self, x):
+            return True
+
+    monkeypatch.setattr(ladder, "HostMemory", Played)
+    model = add_lora(load_model(tiny_llama, quant_type="none"), r=4, alpha=8, seed=0).train()
+    climb(model, rung)
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, attn_mask=None, **k: (masks.append(attn_mask.data_ptr()), attend(*a, attn_mask=attn_mask, **k))[1])
+    full = torch.ones_like(IDS)
+    full[1, 9:] = 0
+    model(input_ids=IDS, labels=IDS, attention_mask=full, use_cache=False).loss.backward()
+    assert places and masks and not {*masks, *(p.data_ptr() for p in model.parameters())} & {*places}
 
 
 @pytest.mark.cuda

@@ -343,8 +343,8 @@ def test_the_kernel_decodes_as_bitsandbytes_and_adds_the_update(shape, quant_typ
     W = dequantize_4bit(packed, state).double()
     for dtype, most in ((torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-22)):
         state.dtype = dtype
-        assert torch.equal(linear.decode(packed, state), dequantize_4bit(packed, state))
+        assert torch.equal(linear.decode(packed, state, state.dtype), dequantize_4bit(packed, state))
         for r in (1, 16, 40):
             A, B = torch.randn(r, shape[1], device="cuda"), torch.randn(shape[0], r, device="cuda")*0.05
             expected = W + 2*B.double() @ A.double()
-            assert (linear.decode(packed, state, A, B, 2.0).double() - expected).norm() <= most*expected.norm()
+            assert (linear.decode(packed, state, state.dtype, A, B, 2.0).double() - expected).norm() <= most*expected.norm()

@@ -187,7 +187,7 @@ def test_the_smallest_change_fits_and_nothing_cheaper_does():
     assert change == dict(recompute="mlp") and fit.fits and not fit_card(s, 24 * GB).fits
     assert smallest_change(s, 200 * GB)[0] == {}
     assert smallest_change(s, GB) is None
-    assert smallest_change(replace(s, recompute="layer"), 9 * GB)[0] == dict(recompute="host")
+    assert smallest_change(replace(s, recompute="layer"), 9 * GB)[0] == dict(recompute="mlp_host")
     change, fit = smallest_change(replace(s, recompute="host"), 8 * GB)
     assert change["batch"] * change["accumulation"] == 4 and fit.need <= 8 * GB
     assert not fit_card(replace(s, recompute="host", batch=change["batch"] * 2), 8 * GB).fits
@@ -302,13 +302,13 @@ def test_a_run_says_what_it_needs_and_refuses_what_cannot_be(tiny_config, monkey
     assert "predicted at the peak" in capsys.readouterr().err
     kept = json.loads((result.run / "summary.json").read_text())
     assert 0 < kept["mem_predicted_gb"] == pytest.approx(kept["mem_peak_gb"], rel=0.5)  # both with all that this process held before
-    monkeypatch.setattr(module, "memory_limit", lambda place: 10_000)
+    monkeypatch.setattr(module, "memory_limit", lambda place: (10_000, 10_000))
     monkeypatch.setattr(module, "build_model", lambda *args: pytest.fail("allocated all the same"))
     with pytest.raises(UserError, match=r"--force"):
         module.train(load_config(path), path.stem, base=path.parent, quiet=True)
     assert not (path.parent / "runs/planned-2").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(module, "memory_limit", lambda place: 10_000)
+    monkeypatch.setattr(module, "memory_limit", lambda place: (10_000, 10_000))
     assert module.train(load_config(path), path.stem, base=path.parent, quiet=True, force=True).status == "done"
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -24,7 +25,7 @@ from qlora_kit import pointwise
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import load_model
 from qlora_kit.lora import add_lora, lora_parameters, recompute_layers
-from qlora_kit.pointwise import RMSNorm, Rotary, SwiGLU, any_rows, compiled, fast_pointwise, is_rotary, is_swiglu, norm_settings, plain_pointwise
+from qlora_kit.pointwise import RMSNorm, Rotary, SwiGLU, any_rows, compiled, fast_pointwise, is_rotary, is_swiglu, norm_settings, on_card, plain_pointwise
 
 SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, vocab_size=64, pad_token_id=0)
 FAMILIES = {
@@ -37,7 +38,8 @@ FAMILIES = {
 }
 IDS = torch.arange(48).reshape(3, 16) % 60
 MASK = torch.ones_like(IDS); MASK[1, 9:] = 0
-EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-7}  # some ten roundings; bf16: of results and gradients, 2⁻⁹ each, some twice
+# some ten roundings; 16 bits: of results and gradients, 2⁻¹² or 2⁻⁹ each, some twice
+EPS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
 
 def model_of(family, dtype=torch.float32):
@@ -365,22 +367,92 @@ def test_kernels_are_made_for_widths_and_serve_any_rows(monkeypatch):
 class OnCard:
     "Looks like a tensor on a card."
     is_cuda, is_meta = True, False
+    def __init__(self, dtype=torch.bfloat16, card=0): self.dtype, self.device = dtype, card
+    def get_device(self): return self.device
 
 
-def test_without_a_compiler_plain_operations_run_and_it_is_said_once(monkeypatch):
-    calls = []
-    def broken(body, **_):
-        def run(*args): calls.append(1); raise torch._dynamo.exc.TorchDynamoException("no C compiler\nat all")
-        return run
-    monkeypatch.setattr(torch, "compile", broken)
+@pytest.fixture
+def card(monkeypatch):
+    "A machine that seems to have Triton and two cards; yields the card that is current."
+    current = [0]
+    @contextmanager
+    def device(n):
+        before, current[0] = current[0], n
+        yield
+        current[0] = before
+    class Triton:
+        class TritonError(Exception): pass
+    monkeypatch.setattr(pointwise, "triton", Triton)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
     pointwise.say_slow.cache_clear()
-    double = compiled(lambda x, n: n)
-    try:
-        with warnings.catch_warnings(record=True) as said:
-            warnings.simplefilter("always")
-            assert [double(OnCard(), n) for n in (3, 4)] == [3, 4]
-        assert len(said) == len(calls) == 1 and "(no C compiler)" in str(said[0].message)
-    finally: pointwise.say_slow.cache_clear()
+    yield current
+    pointwise.say_slow.cache_clear()
+
+
+def by_compiler(monkeypatch, fails):
+    def broken(body, **_): return lambda *args: fails(torch._dynamo.exc.TorchDynamoException)
+    monkeypatch.setattr(torch, "compile", broken)
+    return compiled(lambda x, n: n)
+
+
+def by_hand(monkeypatch, fails, kind=RuntimeError):
+    function = on_card(lambda x, n: n)
+    function.launches(lambda x, n: fails(kind))
+    return function
+
+
+@pytest.mark.parametrize("made", [by_compiler, by_hand, partial(by_hand, kind=OSError), partial(by_hand, kind=partial(subprocess.CalledProcessError, 1))])
+def test_without_a_compiler_plain_operations_run_and_it_is_said_once(monkeypatch, card, made):
+    calls = []
+    def fails(kind): calls.append(1); raise kind("no C compiler\nat all")
+    function = made(monkeypatch, fails)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [function(OnCard(), n) for n in (3, 4)] == [3, 4] and by_hand(monkeypatch, fails)(OnCard(), 5) == 5
+    assert len(said) == len(calls) == 1 and "no C compiler" in str(said[0].message) and "at all" not in str(said[0].message)
+
+
+def test_a_kernel_that_triton_refuses_and_no_triton_at_all_are_said_too(monkeypatch, card):
+    for triton, word in [(pointwise.triton, "too large"), (None, "Triton is not installed")]:
+        monkeypatch.setattr(pointwise, "triton", triton)
+        pointwise.say_slow.cache_clear()
+        def fails(_): raise triton.TritonError("too large")
+        with pytest.warns(UserWarning, match=word): assert by_hand(monkeypatch, fails)(OnCard(), 3) == 3
+
+
+def test_a_card_without_memory_is_not_a_machine_without_a_compiler(monkeypatch, card):
+    def fails(_): raise torch.OutOfMemoryError("full")
+    with pytest.raises(torch.OutOfMemoryError): by_hand(monkeypatch, fails)(OnCard(), 3)
+    def wrong(_): raise TypeError("a mistake")
+    with pytest.raises(TypeError): by_hand(monkeypatch, wrong)(OnCard(), 3)
+    assert not pointwise.say_slow.cache_info().currsize
+
+
+def test_a_kernel_runs_on_its_tensors_card_and_where_it_fits(card):
+    function = on_card(lambda x, n: ("formula", n))
+    @function.launches
+    def launch(x, n): return ("kernel", card[0], n) if n else None
+    assert launch(OnCard(), 1) == ("kernel", 0, 1) and function.__wrapped__(None, 2) == ("formula", 2)
+    assert [function(OnCard(dtype), 1) for dtype in pointwise.KINDS] == [("kernel", 0, 1)]*3
+    assert function(OnCard(card=1), 1) == ("kernel", 1, 1) and card == [0]
+    assert function(OnCard(), 0) == ("formula", 0) and function(OnCard(torch.float64), 1) == function(torch.ones(1), 1) == ("formula", 1)
+    copied = on_card(lambda x: x + 1)
+    assert copied(torch.ones(2, device="meta", dtype=torch.bfloat16)).shape == (2,) and copied(torch.ones(2, device="meta")).shape == (2,)
+
+
+def test_kernels_decline_what_they_were_not_written_for():
+    "Before they allocate or start anything, so this needs no card."
+    norm, gradient, gate, back, rotary = (f.launch for f in (pointwise.rms_norm, pointwise.rms_norm_gradient, pointwise.swiglu, pointwise.swiglu_gradient, pointwise.rotate))
+    x, w, r = (data(*shape, dtype=torch.float32) for shape in [(3, 8), (8,), (3, 1)])
+    for h, weight in [(x, w.double()), (x, w.bfloat16()), (x, w[:0]), (data(1, 16385), data(16385)), (x[:, :0], w[:0])]:
+        assert norm(h, weight, 1e-5, False) is None and gradient(h, h, weight, r, False) is None
+    assert gradient(x[:2], x, w, r, False) is gradient(x, x, w, r.double(), False) is gradient(x, x.double(), w.double(), r, False) is None
+    assert gate(x, x[0]) is gate(x, x.double()) is back(x, x[:1], x) is back(x[:1], x, x) is back(x, x, x.double()) is None
+    q, c = data(2, 5, 4, 8, dtype=torch.float32), data(1, 5, 8, dtype=torch.float32)
+    wrong = [(q, q[:1], c, c), (q, q[..., :4], c, c), (q, q[:, :4], c, c), (q, q, c[:, :4], c[:, :4]), (q, q, c, c[:, :1]), (q, q, c.expand(3, 5, 8), c.expand(3, 5, 8)),
+             (q, q, c[..., :4], c[..., :4]), (q[..., :7], q[..., :7], c[..., :7], c[..., :7]), (q, q.double(), c, c), (q, q, c.double(), c), (q, q, c, c.double())]
+    assert all(rotary(*args) is None for args in wrong)
 
 
 class Made(TorchDispatchMode):
@@ -468,14 +540,117 @@ def test_two_zero3_ranks_with_weights_that_come_and_go(tmp_path):
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+@pytest.fixture
+def kernels():
+    "How many kernels are there? And in the end: none was missed, none compiled by dynamo."
+    jits = [pointwise._norm, pointwise._norm_gradient, pointwise._swiglu, pointwise._swiglu_gradient, pointwise._rotate]
+    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    before = graphs()
+    yield lambda: [len(jit.device_caches[torch.cuda.current_device()][0]) for jit in jits]
+    assert graphs() == before and not pointwise.say_slow.cache_info().currsize
+
+
+KINDS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def as_formula(function, *args, rtol):
+    "The kernel itself, so that it cannot have declined, and the plain operations; the kernel twice, to the same bits."
+    ours, again, plain = (x if isinstance(x, tuple) else (x,) for x in (function.launch(*args), function.launch(*args), function.__wrapped__(*args)))
+    assert all(a.dtype == b.dtype for a, b in zip(ours, plain, strict=True)) and all(map(torch.equal, ours, again))
+    near(ours, [x.double() for x in plain], rtol)
+
+
 @pytest.mark.cuda
 @cuda
-def test_compiled_functions_are_their_formulas_for_any_rows():
-    """bf16 on the card against fp64, row counts changing, widths of a model and of a head; a recipe gives the same bits whatever ran in between."""
-    torch._dynamo.reset()
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (300, 1), (5, 77), (77, 16), (1000, 128), (9, 2048), (33, 4096), (3, 5000), (2, 4097), (2, 16384)])
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_the_norm_kernels_are_their_formulas(shape, plus_one, dtype, kernels):
+    h, w, G = (data(*s, dtype=dtype, seed=i, device="cuda") for i, s in enumerate([shape, shape[-1:], shape]))
+    eps = 1.0 if shape[-1] == 1 else 1e-5  # of a single number a norm leaves the sign, and of its gradient what epsilon leaves
+    norm = formulas(plus_one, eps)[0]
+    near(results(lambda h: RMSNorm.apply(h, w, eps, plus_one), h), results(lambda h: norm(h, w.double()), h.double()), EPS[dtype])
+    r = pointwise.rms_norm.__wrapped__(h, w, eps, plus_one)[1]
+    near([pointwise.norm_on_card(h, w, eps, plus_one)[1]], [r.double()], EPS[torch.float32])
+    as_formula(pointwise.rms_norm, h, w, eps, plus_one, rtol=EPS[dtype])
+    as_formula(pointwise.rms_norm_gradient, G, h, w, r, plus_one, rtol=EPS[dtype])
+
+
+@pytest.mark.cuda
+@cuda
+def test_kernels_take_strides_and_memory_that_starts_anywhere(kernels):
+    f32 = partial(data, dtype=torch.float32, device="cuda")
+    h, w, G, r = f32(6, 200)[:, 51:101], f32(100)[::2], f32(1, 1).expand(6, 50), f32(6, 1).abs()
+    as_formula(pointwise.rms_norm, h, w, 1e-5, False, rtol=EPS[torch.float32])
+    as_formula(pointwise.rms_norm_gradient, G, h, w, r, False, rtol=EPS[torch.float32])
+    g, u, G = f32(5, 7).T, f32(37)[2:].view(7, 5), f32(7, 10)[:, ::2]
+    as_formula(pointwise.swiglu, g, u, rtol=EPS[torch.float32])
+    as_formula(pointwise.swiglu_gradient, G, g, u, rtol=EPS[torch.float32])
+    for empty in (f32(0, 64), f32(0, 1)): assert pointwise.rms_norm(empty, f32(empty.shape[1]), 1e-5, False)[0].shape == empty.shape
+    assert pointwise.swiglu(f32(0, 8), f32(0, 8)).shape == (0, 8) and pointwise.rotate(*[f32(2, 0, 3, 8)]*2, *[f32(1, 0, 8)]*2)[0].shape == (2, 0, 3, 8)
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("shape", [(1,), (1024,), (1025,), (2, 3, 333), (2, 5, 1024), (3, 14336)])
+def test_the_swiglu_kernels_are_their_formulas(shape, dtype, kernels):
+    g, u, G = 4*data(*shape, dtype=dtype, device="cuda"), data(*shape, dtype=dtype, seed=1, device="cuda"), data(*shape, dtype=dtype, seed=2, device="cuda")
+    near(results(SwiGLU.apply, g, u), results(formulas()[1], g.double(), u.double()), EPS[dtype])
+    as_formula(pointwise.swiglu, g, u, rtol=EPS[dtype])
+    as_formula(pointwise.swiglu_gradient, G, g, u, rtol=EPS[dtype])
+
+
+@pytest.mark.cuda
+@cuda
+def test_gates_far_out_stay_finite(kernels):
+    "exp overflows below -88; the gate is closed there."
+    g = torch.tensor([-3e38, -1e4, -200, -90, -88, -20, 0, 20, 90, 1e4], device="cuda")
+    u = torch.ones_like(g)
+    as_formula(pointwise.swiglu, g, u, rtol=EPS[torch.float32])
+    as_formula(pointwise.swiglu_gradient, u, g, u, rtol=EPS[torch.float32])
+    assert all(x.isfinite().all() for x in (pointwise.swiglu(g, u), *pointwise.swiglu_gradient(u, g, u)))
+
+
+@pytest.mark.cuda
+@cuda
+def test_more_numbers_than_32_bits_count(kernels):
+    "Only the last are looked at; the rest are zeros."
+    if torch.cuda.mem_get_info()[0] < 16 << 30: pytest.skip("needs 16 GiB")
+    n = 2**31 + 4096
+    g, end = torch.zeros(n, dtype=torch.bfloat16, device="cuda"), data(1024, dtype=torch.bfloat16, device="cuda")
+    g[-1024:] = end
+    assert torch.equal(pointwise.swiglu(g, g)[-1024:], pointwise.swiglu(end, end))
+    h, w = g.view(-1, 1024), torch.ones(1024, dtype=torch.bfloat16, device="cuda")
+    assert torch.equal(pointwise.rms_norm(h, w, 1e-5, False)[0][-1], pointwise.rms_norm(end[None], w, 1e-5, False)[0][0])
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("B, T, Hq, Hk, d", [(1, 1, 1, 1, 2), (2, 5, 4, 2, 8), (3, 7, 3, 1, 80), (1, 4, 32, 8, 128), (2, 3, 64, 8, 128), (2, 3, 40, 40, 96), (2, 1, 5, 6, 12), (1, 2, 2, 70, 256)])
+@pytest.mark.parametrize("order", ["by tokens", "by heads", "packed", "by numbers"])
+def test_the_rotary_kernel_has_the_bits_of_its_formula(B, T, Hq, Hk, d, order, dtype, kernels):
+    "Products and sums in fp32, each rounded, then one rounding: the same on both sides. cos and sin in the model's dtype or in fp32, halves differ."
+    made = partial(data, dtype=dtype, device="cuda")
+    q, k = {"by tokens": lambda: (made(B, T, Hq, d), made(B, T, Hk, d, seed=1)),
+            "by heads": lambda: (made(B, Hq, T, d).transpose(1, 2), made(B, Hk, T, d, seed=1).transpose(1, 2)),
+            "packed": lambda: made(B, T, Hq + Hk, d).split((Hq, Hk), 2),
+            "by numbers": lambda: (made(B, T, d, Hq).transpose(2, 3), made(B, T, Hk, 2*d)[..., ::2])}[order]()
+    for rows in {1, B}:
+        for c, s in [(made(rows, T, d, seed=2), made(rows, T, d, seed=3)), (data(rows, T, d, dtype=torch.float32, seed=2, device="cuda"), made(rows, T, 2*d, seed=3)[..., ::2])]:
+            for function in (pointwise.rotate, pointwise.rotate_back):
+                ours = function.launch(q, k, c, s)
+                assert all(map(torch.equal, ours, function.__wrapped__(q, k, c, s))) and all(x.is_contiguous() for x in ours)
+
+
+@pytest.mark.cuda
+@cuda
+def test_kernels_serve_any_rows_and_recipes_give_the_same_bits(kernels):
+    """bf16 on the card against fp64, row counts changing, widths of a model and of a head: a kernel for each width and no more; a recipe gives the
+    same bits whatever ran in between."""
     norm, gate, rotary = formulas()
-    first = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    bf16, rtol, kept = partial(data, dtype=torch.bfloat16, device="cuda"), EPS[torch.bfloat16], []
+    bf16, rtol, kept, counts = partial(data, dtype=torch.bfloat16, device="cuda"), EPS[torch.bfloat16], [], []
     for B, T in [(4, 128), (1, 77), (3, 200), (2, 9), (1, 1), (4, 128)]:
         for D in (512, 128):
             h, w = bf16(B, T, D), bf16(D, seed=1)
@@ -491,8 +666,30 @@ def test_compiled_functions_are_their_formulas_for_any_rows():
             turned = results(lambda q, k: Rotary.apply(q, k, c, s), q, k)
             assert all(x.transpose(1, 2).is_contiguous() for x in turned)
             near(turned, results(lambda q, k: rotary(q, k, c.double(), s.double()), q.double(), k.double()), rtol)
+        counts.append(kernels())
     assert all(torch.equal(make(), y) for make, y in kept)
-    assert 0 < torch._dynamo.utils.counters["stats"]["unique_graphs"] - first < 40 and not pointwise.say_slow.cache_info().currsize
+    assert counts[0] == counts[-1] == kernels(), counts
+
+
+@pytest.mark.cuda
+@cuda
+def test_fp64_on_the_card_runs_the_formulas(kernels):
+    before, f64 = kernels(), partial(data, device="cuda")
+    norm, gate, rotary = formulas()
+    h, w, q, c = f64(3, 64), f64(64, seed=1), f64(2, 4, 5, 8), f64(1, 5, 8)
+    near(results(lambda h: RMSNorm.apply(h, w, 1e-5, False), h), results(lambda h: norm(h, w), h), 1e-13)
+    near(results(SwiGLU.apply, h, h), results(gate, h, h), 1e-13)
+    near(results(lambda q, k: Rotary.apply(q, k, c, c), q, q), results(lambda q, k: rotary(q, k, c, c), q, q), 1e-13)
+    assert kernels() == before
+
+
+@pytest.mark.cuda
+@cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one card")
+def test_kernels_on_a_card_that_is_not_the_current_one(kernels):
+    h, w = data(5, 128, dtype=torch.bfloat16, device="cuda:1"), data(128, dtype=torch.bfloat16, device="cuda:1")
+    near(pointwise.rms_norm(h, w, 1e-5, False), [x.double() for x in pointwise.rms_norm.__wrapped__(h, w, 1e-5, False)], EPS[torch.bfloat16])
+    assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.cuda
