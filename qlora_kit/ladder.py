@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RUNGS', 'ROOM', 'HERE', 'AWAY', 'recomputed', 'wrap', 'unwrap', 'wrapped', 'mlp_of', 'decoder_layers', 'Away',
-           'HostMemory', 'kept_away', 'place', 'flat', 'set_rung', 'climb', 'ladder', 'in_words']
+           'HostMemory', 'place', 'flat', 'kept_away', 'set_rung', 'climb', 'ladder', 'in_words']
 
 # %% ../nbs/06b_ladder.ipynb #06bladder002
 import weakref
@@ -32,9 +32,10 @@ def recomputed(
     recipe = getattr(x, "recipe", None)
     if recipe is None or not x.requires_grad: return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
     make, x = recipe.function, Keep.apply(x, None, *recipe.inputs)
-    node, place, shape = x.grad_fn, x.data_ptr(), x.shape # hooks that knew x itself would keep it
-    with saved_tensors_hooks(lambda t: node if (t.data_ptr(), t.shape) == (place, shape) else t, lambda kept: make(*node.saved_tensors) if kept is node else kept):
-        return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
+    node, address, shape = x.grad_fn, x.data_ptr(), x.shape # checkpointing saves x; the node stands for it, by address, since a hook that knew x would keep it
+    def pack(t): return node if (t.data_ptr(), t.shape) == (address, shape) else t
+    def unpack(kept): return make(*node.saved_tensors) if kept is node else kept
+    with saved_tensors_hooks(pack, unpack): return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
 
 # %% ../nbs/06b_ladder.ipynb #06bladder010
 def wrap(
@@ -84,7 +85,9 @@ class Away:
 # %% ../nbs/06b_ladder.ipynb #06bladder018
 class HostMemory:
     "Sends tensors to the host and has them back in time; the last one sent is the first one wanted."
-    def __init__(self): self.stream, self.leaving, self.waiting, self.room = None, [], [], 0 # room: bytes on the card for what comes and goes
+    def __init__(self):
+        self.stream, self.leaving, self.waiting = None, [], []
+        self.room = 0 # bytes on the card for tensors that leave or come back
 
     def takes(self, x:Tensor)->bool: return x.is_cuda
 
@@ -103,36 +106,42 @@ class HostMemory:
         current.wait_event(away.done)
         away.here = None
 
-    def call(self, away:Away):
-        "Begin to copy back, unless it is there."
-        if away.here is not None: return
-        away.here = torch.empty_like(away.host, device=away.device)
-        self.stream.wait_stream(torch.cuda.current_stream(away.device)) # who had this memory before is done with it
-        with torch.cuda.stream(self.stream): away.here.copy_(away.host, non_blocking=True); away.done = self.stream.record_event()
-
-    def fetch(self, away:Away)->Tensor: # on the card, until nobody has `away` any more
-        "Have it back, and call those that were sent before it."
-        self.call(away)
-        self.leaving = [other for other in self.leaving if other is not away]
-        while self.waiting and self.waiting[-1]() is None: self.waiting.pop()
-        self.call_ahead()
-        torch.cuda.current_stream(away.device).wait_event(away.done)
-        return away.here
-
 # %% ../nbs/06b_ladder.ipynb #06bladder020
-def _call_ahead(self):
+def _call(self, away:Away):
+    "Begin to copy back, unless it is there."
+    if away.here is not None: return
+    away.here = torch.empty_like(away.host, device=away.device)
+    self.stream.wait_stream(torch.cuda.current_stream(away.device)) # who had this memory before is done with it
+    with torch.cuda.stream(self.stream): away.here.copy_(away.host, non_blocking=True); away.done = self.stream.record_event()
+
+def _fetch(self, away:Away)->Tensor: # on the card, until nobody has `away` any more
+    "Have it back, and call those that were sent before it."
+    self.call(away)
+    self.leaving = [other for other in self.leaving if other is not away]
+    while self.waiting and self.waiting[-1]() is None: self.waiting.pop()
     room = self.room
     for other in filter(None, (ref() for ref in reversed(self.waiting))):
         room -= other.host.nbytes
-        if room < 0: return
+        if room < 0: break
         self.call(other)
+    torch.cuda.current_stream(away.device).wait_event(away.done)
+    return away.here
 
-HostMemory.call_ahead = _call_ahead
+HostMemory.call, HostMemory.fetch = _call, _fetch
+
+# %% ../nbs/06b_ladder.ipynb #06bladder020ab
+def place(t:Tensor)->int: return t.untyped_storage().data_ptr()
+
+def flat(
+    t:Tensor,
+)->Tensor: # [n]
+    "All of the memory that a tensor is a view of."
+    return t.detach().as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0)
 
 # %% ../nbs/06b_ladder.ipynb #06bladder020b
 def kept_away(
     memory:HostMemory, # shared by all layers
-    room:int, # on the card, in hidden states
+    room:int, # on the card, as a multiple of x
     weights:list[nn.Parameter], # of the layer
     forward, # of a decoder layer
     x:Tensor, *args, **kwargs, # hidden states [B,T,D], and the rest
@@ -142,22 +151,14 @@ def kept_away(
     memory.room, least, sent = room*x.nbytes, x.nbytes//8, {}
     shared = {place(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     def pack(t):
-        stays = not memory.takes(t) or t.untyped_storage().nbytes() < least or place(t) in shared or t.data_ptr() in {w.data_ptr() for w in weights}
-        if stays: return t
+        if not memory.takes(t) or t.untyped_storage().nbytes() < least or place(t) in shared: return t
+        if t.data_ptr() in {w.data_ptr() for w in weights}: return t # read anew, since ZeRO-3 moves them
         if place(t) not in sent: sent[place(t)] = memory.send(flat(t)), t # held, that its place be nobody else's
         return sent[place(t)][0], t.shape, t.stride(), t.storage_offset()
-    unpack = lambda kept: memory.fetch(kept[0]).as_strided(*kept[1:]) if isinstance(kept, tuple) else kept
+    def unpack(kept): return memory.fetch(kept[0]).as_strided(*kept[1:]) if isinstance(kept, tuple) else kept
     with saved_tensors_hooks(pack, unpack): y = forward(x, *args, **kwargs)
     sent.clear()
     return y
-
-def place(t:Tensor)->int: return t.untyped_storage().data_ptr()
-
-def flat(
-    t:Tensor,
-)->Tensor: # [n]
-    "All of the memory that a tensor is a view of."
-    return t.detach().as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0)
 
 # %% ../nbs/06b_ladder.ipynb #06bladder022
 RUNGS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")

@@ -47,7 +47,7 @@ def launched(
     x:Tensor, *args, # what it takes; x is on a card
 ): # its results; None: there are none
     "Start a kernel, if one can be built."
-    if say_slow.cache_info().currsize: return
+    if say_slow.cache_info().currsize: return # it was said before: no kernel can be built here
     try:
         if not triton: raise RuntimeError("Triton is not installed")
         if x.get_device() == torch.cuda.current_device(): return launch(x, *args)
@@ -294,7 +294,7 @@ def rotary_kernel(
     c1, c2 = tl.load(cos + at, mask=pair, other=0).to(tl.float32), tl.load(cos + at + half, mask=pair, other=0).to(tl.float32)
     s1, s2 = tl.load(sin + at, mask=pair, other=0).to(tl.float32), tl.load(sin + at + half, mask=pair, other=0).to(tl.float32)
     if back: s1, s2 = -s2, -s1
-    for n in tl.static_range(2): # q, then k
+    for n in tl.static_range(2): # q, then k; unrolled while compiling, so that tuples may be indexed
         h = tl.program_id(2).to(tl.int64)*(many, few)[n] + tl.arange(0, (many, few)[n])[:, None]
         x = (q + b*qb + t*qt, k + b*kb + t*kt)[n] + h*(qh, kh)[n] + i
         y = (q_out, k_out)[n] + ((b*tl.num_programs(0) + t)*(Hq, Hk)[n] + h)*half*2 + i
@@ -321,7 +321,7 @@ def rotary_on_card(
 )->tuple[Tensor,Tensor]|None:
     "Start the rotary kernel."
     (B, T, Hq, d), Hk, (turns, *rest) = q.shape, k.shape[2], cos.shape
-    fits = d > 0 == d % 2 and k.shape == (B, T, Hk, d) and rest == [T, d] and turns in (1, B) and sin.shape == cos.shape
+    fits = d > 0 and d % 2 == 0 and k.shape == (B, T, Hk, d) and rest == [T, d] and turns in (1, B) and sin.shape == cos.shape
     if not fits or k.dtype not in KINDS or cos.dtype not in KINDS or sin.dtype not in KINDS: return
     if q.stride(3) != 1: q = q.contiguous()
     if k.stride(3) != 1: k = k.contiguous()
@@ -330,7 +330,7 @@ def rotary_on_card(
                          Hq, Hk, d//2, back, many, few, broad, enable_fp_fusion=False)
     return q_out, k_out
 
-rotate_back.launches(partial(rotary_on_card, back=True))
+rotate_back.launches(partial(rotary_on_card, back=True));
 
 # %% ../nbs/05c_pointwise.ipynb #05cpointwise032
 class Rotary(torch.autograd.Function):

@@ -755,7 +755,7 @@ def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
 def smaller(cfg:RunConfig)->str: # advice after running out of memory
     "The smallest change that takes less memory and trains the same."
     t = cfg.training
-    if t.recompute not in ("layer", "host"): return "try training.recompute=layer"
+    if t.recompute not in ("layer", "mlp_host", "host"): return "try training.recompute=layer"
     if t.batch_size % 2 == 0: return f"try training.batch_size={t.batch_size//2} training.gradient_accumulation_steps={t.gradient_accumulation_steps*2}"
     return f"try training.max_length={t.max_length//2}"
 
