@@ -400,7 +400,8 @@ def backward_peak(setup:Setup, early:int, gradients:int # bytes of gradients bef
 def kept_in_all(setup:Setup)->int: # bytes
     "Activations of all layers, each on its rung."
     rungs = rungs_of(setup)
-    return sum(trace_rung(setup, rung).kept*rungs.count(rung)//len(rungs) for rung in set(rungs))
+    held = 0 if rungs[-1] in ROOM or setup.device == "cpu" else max((ROOM[rung] for rung in ROOM if rung in rungs), default=0)*layer_input(setup) # sent last, not yet let go
+    return held + sum(trace_rung(setup, rung).kept*rungs.count(rung)//len(rungs) for rung in set(rungs))
 
 # %% ../nbs/07_memory.ipynb #07memory065
 @dataclass(frozen=True)

@@ -228,7 +228,7 @@ def test_two_steps_on_a_cpu_take_what_was_predicted(shape, case):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("batch, recompute", [(1, "layer"), (4, "layer"), (1, "none"), (4, "host"), (4, "mlp"), (4, "dense")])
+@pytest.mark.parametrize("batch, recompute", [(1, "layer"), (4, "layer"), (1, "none"), (4, "host"), (4, "mlp_host"), (4, "mlp"), (4, "dense")])
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "llama-3.1-8b", "llama-3.1-70b"])
 def test_two_steps_on_a_card_take_what_was_predicted(model, batch, recompute):
     """Random weights, made on the card in NF4; PyTorch's own count is exact, so 5 % is for what its kernels take inside."""
