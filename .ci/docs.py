@@ -247,7 +247,7 @@ def link_terms(page, up, terms):
     """The first mention of each term on a page leads to the glossary."""
     left = dict(terms)
     for text in page.select_one("main").find_all(string=True) if page.select_one("main") else []:
-        if not left or text.find_parent(["a", "code", "pre", "h1", "h2", "h3", "h4", "script", "style", "figure", "table", "nav", "button", "summary"]) or not text.find_parent("p"):
+        if not left or text.find_parent(["a", "code", "pre", "h1", "h2", "h3", "h4", "script", "style", "figure", "table", "nav", "button", "summary"]) or text.find_parent(class_="math") or not text.find_parent("p"):
             continue
         found = min((m for t in left for m in [re.search(rf"(?<![\w-]){re.escape(t)}(?![\w-])", text, flags=re.I)] if m), key=lambda m: m.start(), default=None)
         if found:

@@ -98,6 +98,7 @@ class LocalEngine:
     rank, ranks, skipped = 0, 1, False # skipped: was the last step left out, because fp16 overflowed?
 
     def __post_init__(self):
+        self.trained = list(trainable(self.module).values()) # walking a model for them takes milliseconds
         self.scaler = torch.amp.GradScaler(self.device.partition(":")[0], init_scale=2.**16, growth_interval=1000, enabled=self.fp16)
 
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss, a scalar
@@ -116,7 +117,7 @@ def local_step(self:LocalEngine, lr:float)->float|torch.Tensor: # gradient norm 
     "Clip, update, forget the gradients."
     set_lr(self.optimizer, lr)
     self.scaler.unscale_(self.optimizer)
-    norm = nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], self.max_grad_norm)
+    norm = nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
     unread = not self.fp16 and bool(self.optimizer.defaults.get("fused"))
     if unread: self.optimizer.found_inf = (~torch.isfinite(norm)).float(); self.optimizer.step()
     elif torch.isfinite(norm): self.scaler.step(self.optimizer)

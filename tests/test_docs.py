@@ -114,6 +114,21 @@ def test_figures_have_texts_ids_are_unique_and_headings_in_order():
     assert not wrong, "\n".join(wrong)
 
 
+def test_formulas_are_drawn(browser):
+    """No link stands inside of a formula, and each has become a drawing."""
+    tab, broken = browser.new_page(), []
+    for path in sorted(SITE.rglob("*.html")):
+        formulas = soup(path).select(".math")
+        broken += [f"{path.name}: {f}" for f in formulas if f.find(True)]
+        if formulas:
+            tab.goto(path.as_uri())
+            tab.wait_for_function("document.querySelectorAll('.math .katex').length >= 1")
+            left = tab.evaluate("[...document.querySelectorAll('.math')].filter(f => !f.querySelector('.katex') || f.querySelector('.katex-error')).map(f => f.textContent)")
+            broken += [f"{path.name}: {text}" for text in left]
+    tab.close()
+    assert not broken, broken
+
+
 def test_the_first_page_is_light_and_nothing_holds_up_its_painting():
     page = SITE / "index.html"
     doc = soup(page)
