@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from .data import UserError
 from .linear import fast_linears
 from .loader import finish, THREADS, quantization_config, read_config, run_length, scales, skeleton, stored
-from .ladder import AWAY, HERE, ROOM, RUNGS, climb, decoder_layers, in_words, ladder, mlp_of
+from .ladder import HOST_WALK, ON_CARD, ROOM, RUNGS, WALK, climb, decoder_layers, in_words, ladder, mlp_of
 from .lora import add_lora, check_targets
 from .loss import head_loss, split_model
 from .pointwise import fast_pointwise
@@ -324,7 +324,7 @@ def by_module(alive:list, # (bytes, module path) of what the forward pass left
 # %% ../nbs/07_memory.ipynb #07memory050
 def trace_rung(setup:Setup, rung:str)->Trace: # as if all layers were on it
     "Trace a rung."
-    t = trace(replace(setup, recompute={"host": "layer", "mlp_host": "mlp"}.get(rung, rung)))
+    t = trace(replace(setup, recompute=ON_CARD.get(rung, rung)))
     if rung == "dense": return replace(t, wide=0)
     if rung not in ROOM or setup.device == "cpu": return t
     room, L = ROOM[rung]*layer_input(setup), anatomy(setup).layers
@@ -529,9 +529,9 @@ def fill_card(setup:Setup, limit:int, # bytes of the card
     host:int|None=None, # bytes of the machine's memory that activations of this rank may take; None: as many as they like
     )->Setup: # on the highest rungs that fit; on the last one if none does
     "Choose a rung for each layer."
-    for rungs in (AWAY, HERE) if setup.device == "cuda" else (HERE[:-1],):
+    for rungs in (HOST_WALK, WALK) if setup.device == "cuda" else (WALK[:-1],):
         fit = fit_card(descend(setup, rungs, limit, margin), limit, margin)
-        if fit.fits and fit.prediction.elsewhere.get("activations", 0) <= (host or math.inf): break
+        if fit.fits and fit.prediction.elsewhere.get("activations", 0) <= (math.inf if host is None else host): break
     return fit.setup
 
 def descend(setup:Setup, rungs:tuple, # from high to low

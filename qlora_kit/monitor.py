@@ -273,26 +273,29 @@ class Monitor:
         if rank == 0: self.file = MetricsFile(folder)
         if rank == 0 and not quiet: self.display = open_display(total_steps, self.file.step, stream or sys.stderr, every)
 
-    def log(self, record:dict):
-        "Append one record, which needs a `step`, and move the live line."
-        if self.file is None: return
-        now,peak = memory_gb(self.device)
-        record = self.file.append({"mem_gb":now, "mem_peak_gb":peak, **record})
-        self.val_loss = record.get("val_loss", self.val_loss)
-        if self.display: self.display.update(record["step"], live_figures(record, self.val_loss))
-        if self.also: self.also.log(record)
-
     def say(self, text:str):
         "Show a line of text without breaking the live line."
         if self.display: self.display.say(text)
 
-    def close(self):
-        "End the live line and draw `curves.png`; a second call does nothing."
-        if self.file is None: return
-        if self.display: self.display.close()
-        if self.also: self.also.close()
-        self.file.close(); self.file = None
-        if read_metrics(self.folder): plot_curves(self.folder)
+# %% ../nbs/10_monitor.ipynb #10monitor062b
+def _log(self, record:dict):
+    "Append one record, which needs a `step`, and move the live line."
+    if self.file is None: return
+    now,peak = memory_gb(self.device)
+    record = self.file.append({"mem_gb":now, "mem_peak_gb":peak, **record})
+    self.val_loss = record.get("val_loss", self.val_loss)
+    if self.display: self.display.update(record["step"], live_figures(record, self.val_loss))
+    if self.also: self.also.log(record)
+
+def _close(self):
+    "End the live line and draw `curves.png`; a second call does nothing."
+    if self.file is None: return
+    if self.display: self.display.close()
+    if self.also: self.also.close()
+    self.file.close(); self.file = None
+    if read_metrics(self.folder): plot_curves(self.folder)
+
+Monitor.log, Monitor.close = _log, _close
 
 # %% ../nbs/10_monitor.ipynb #10monitor064
 def series(

@@ -52,7 +52,7 @@ def launched(
         if not triton: raise RuntimeError("Triton is not installed")
         if x.get_device() == torch.cuda.current_device(): return launch(x, *args)
         with torch.cuda.device(x.device): return launch(x, *args) # kernels start on the current card
-    except torch.OutOfMemoryError: raise
+    except (torch.OutOfMemoryError, torch.AcceleratorError): raise # the card's own failures
     except (RuntimeError, OSError, SubprocessError, *((triton.TritonError,) if triton else ())) as e: say_slow(str(e).strip().partition("\n")[0])
 
 # %% ../nbs/05c_pointwise.ipynb #05cpointwise009c
@@ -368,14 +368,9 @@ def compiled(
     body:Callable, # of plain PyTorch operations; its first argument is a tensor
 )->Callable: # the same function
     "On a CUDA card what the compiler makes of them, elsewhere the operations as they are written."
-    @wraps(body)
-    def run(x, *args):
-        if x.is_meta and x.dtype.itemsize == 2: return results_only(body, x, *args)
-        if not x.is_cuda or say_slow.cache_info().currsize: return body(x, *args)
-        try: return kernel(body)(*map(any_rows, (x, *args)))
-        except torch._dynamo.exc.TorchDynamoException as e: say_slow(str(e).strip().partition("\n")[0])
-        return body(x, *args)
-    return run
+    function = on_card(body)
+    function.launches(lambda *args: kernel(body)(*map(any_rows, args)))
+    return function
 
 # %% ../nbs/05c_pointwise.ipynb #05cpointwise040
 @dataclass

@@ -323,7 +323,7 @@ def test_varlen_kernel_equals_the_mask_on_a_card(window):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", ["llama", "mistral, window of 5", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral, window of 5", "gpt2"])
 def test_packed_is_each_document_alone_on_a_card(name):
     """bf16 against fp32 of the same model on a CPU: 2e-2 of the loss; and no document sees another, to the last bit."""
     rows, model = examples(7, longest=14, seed=3), family(name)

@@ -8,7 +8,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from qlora_kit import ladder, linear
-from qlora_kit.ladder import AWAY, HERE, RUNGS, Away, HostMemory, climb, decoder_layers, in_words
+from qlora_kit.ladder import HOST_WALK, RUNGS, WALK, Away, HostMemory, climb, decoder_layers, in_words
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import load_model
 from qlora_kit.lora import add_lora, lora_parameters
@@ -61,7 +61,7 @@ def test_every_rung_gives_the_same_bits(tiny_llama, dropout):
 
 def test_each_rung_keeps_less(tiny_llama):
     model, sizes = tuned(tiny_llama), []
-    for rung in HERE[1:5]:
+    for rung in WALK[1:5]:
         climb(model, rung)
         sizes.append(kept(model))
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
@@ -103,10 +103,10 @@ def test_rungs_go_down_layer_by_layer():
     walks = [ladder.ladder(3, n) for n in range(16)]
     assert walks[0] == ("dense",) * 3 and walks[4] == ("pointwise", "none", "none") and walks[15] == ("host",) * 3
     for a, b in zip(walks, walks[1:]):
-        assert sum(HERE.index(y) - HERE.index(x) for x, y in zip(a, b)) == 1
-        assert [HERE.index(r) for r in b] == sorted((HERE.index(r) for r in b), reverse=True)
-    assert ladder.ladder(3, 10, AWAY) == ("mlp_host", "mlp", "mlp") and ladder.ladder(3, 99, AWAY) == ("mlp_host",) * 3
-    assert {*HERE, *AWAY} == {*RUNGS}
+        assert sum(WALK.index(y) - WALK.index(x) for x, y in zip(a, b)) == 1
+        assert [WALK.index(r) for r in b] == sorted((WALK.index(r) for r in b), reverse=True)
+    assert ladder.ladder(3, 10, HOST_WALK) == ("mlp_host", "mlp", "mlp") and ladder.ladder(3, 99, HOST_WALK) == ("mlp_host",) * 3
+    assert {*WALK, *HOST_WALK} == {*RUNGS}
     assert in_words(walks[4]) == "2 none, 1 pointwise"
 
 
@@ -115,14 +115,13 @@ def test_wrong_rungs_are_refused(tiny_llama):
         climb(tuned(tiny_llama), ["none"])
 
 
-@pytest.mark.parametrize("rung, each", [("host", 1), ("mlp_host", 6)])
-def test_what_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch, rung, each):
-    """On a CPU the way to the host is played: sending copies, and the storage of what was sent must be gone when the forward pass ends."""
+def played(monkeypatch, note):
+    """On a CPU the way to the host is played: sending copies. Returns what `note` says of each tensor sent."""
     sent = []
 
     class Played(HostMemory):
         def send(self, x):
-            sent.append(StorageWeakRef(x.untyped_storage()))
+            sent.append(note(x))
             return Away(x.clone(), x.device, None)
 
         def fetch(self, away):
@@ -132,6 +131,13 @@ def test_what_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch, rung, eac
             return True
 
     monkeypatch.setattr(ladder, "HostMemory", Played)
+    return sent
+
+
+@pytest.mark.parametrize("rung, each", [("host", 1), ("mlp_host", 6)])
+def test_what_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch, rung, each):
+    """The storage of what was sent must be gone when the forward pass ends."""
+    sent = played(monkeypatch, lambda x: StorageWeakRef(x.untyped_storage()))
     model = tuned(tiny_llama)
     expected = step(model)
     climb(model, rung)
@@ -146,20 +152,7 @@ def test_what_was_sent_away_is_held_by_nobody(tiny_llama, monkeypatch, rung, eac
 @pytest.mark.parametrize("rung", ["host", "mlp_host"])
 def test_masks_positions_and_weights_stay(tiny_llama, monkeypatch, rung):
     """A padded batch has a mask of B x 1 x T x T; a model that is not quantized has weights larger than its hidden states."""
-    places = []
-
-    class Played(HostMemory):
-        def send(self, x):
-            places.append(x.data_ptr())
-            return Away(x.clone(), x.device, None)
-
-        def fetch(self, away):
-            return away.host
-
-        def takes(self, x):
-            return True
-
-    monkeypatch.setattr(ladder, "HostMemory", Played)
+    places = played(monkeypatch, torch.Tensor.data_ptr)
     model = add_lora(load_model(tiny_llama, quant_type="none"), r=4, alpha=8, seed=0).train()
     climb(model, rung)
     masks, attend = [], torch.nn.functional.scaled_dot_product_attention

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoConfig
 
 from qlora_kit.data import UserError
-from qlora_kit.memory import GB, Setup, anatomy, changes, fit_card, parse_size, predict, replace, resident, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
+from qlora_kit.ladder import HOST_WALK, WALK, ladder
+from qlora_kit.memory import GB, Setup, anatomy, changes, fill_card, fit_card, kept_in_all, parse_size, predict, replace, resident, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
 
 HERE = Path(__file__).parent
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -119,6 +120,30 @@ def test_kept_activations_are_those_that_autograd_keeps(shape, rung):
         split_model(model)[0](input_ids=torch.zeros(2, 64, dtype=torch.int64), use_cache=False)
     expected = sum(kept.values())
     assert trace_rung(s, rung).kept == pytest.approx(expected, rel=0.03, abs=2.3 * 2 * 64 * 64 * 4)  # beside what is saved live the ids, the embedded tokens (in a recipe) and the output
+
+
+EIGHT, X = Setup("llama-3.1-8b", batch=4), 4 * 2048 * 4096 * 2  # and its hidden states, 64 MiB
+
+
+def test_what_waits_in_host_memory_is_known_by_name():
+    """A layer on `mlp_host`: both norms' inputs, q and attention's result are as wide as the hidden states, k and v a quarter. On `host`: its input."""
+    for rung, each in (("mlp_host", 4.5), ("host", 1)):
+        assert predict(replace(EIGHT, recompute=rung)).elsewhere == {"activations": 32 * each * X}
+    assert trace_rung(replace(EIGHT, stage=3, ranks=2), "mlp").kept - trace_rung(EIGHT, "mlp").kept == 32 * X  # without its recipe the MLP's input is kept too
+    mixed = replace(EIGHT, recompute=("mlp_host",) * 31 + ("mlp",))
+    assert kept_in_all(mixed) == pytest.approx(kept_in_all(replace(EIGHT, recompute="mlp_host")) + 4.5 * X + 6 * X, rel=0.01)  # the last ones sent are still there
+
+
+@pytest.mark.parametrize("size", [48, 24, 12, 9])
+def test_a_card_is_filled_and_not_overfilled(size):
+    """One single step up would be too much; and who has no memory for five tensors a layer walks down the other ladder."""
+    for host, walk in ((None, HOST_WALK), (2 * GB, WALK)):
+        chosen = fill_card(EIGHT, size * GB, host=host)
+        steps = sum(map(walk.index, chosen.recompute))
+        assert chosen.recompute == ladder(32, steps, walk) and fit_card(chosen, size * GB).fits
+        assert not fit_card(replace(EIGHT, recompute=ladder(32, steps - 1, walk)), size * GB).fits
+        assert host is None or "mlp_host" not in chosen.recompute
+    assert fill_card(EIGHT, size * GB, host=0) == fill_card(EIGHT, size * GB, host=2 * GB)
 
 
 def test_predicting_leaves_no_trace(tiny_llama):

@@ -3,6 +3,7 @@
 Both train SmolLM2-135M in NF4 with LoRA on all linears, step by step in turn, on the same batches from the same start. Plain is transformers, bitsandbytes, peft and torch's AdamW as their documentation has it. One JSON line: median seconds of a step, tokens a second, their ratio, and the losses of both."""
 import argparse
 import json
+import logging
 import statistics
 import time
 from datetime import date
@@ -24,7 +25,6 @@ from qlora_kit.train import forecast, make_engine, make_job, take_step
 
 def kit(cfg, base):
     """A job of the demo and its engine."""
-    import logging
     place, log = find_place(), logging.getLogger("qlora_kit")
     job = make_job(cfg, Path("."), place, base, lambda folder, length: forecast(cfg, place, None, True, print, log, folder, length))
     engine = make_engine(job)
