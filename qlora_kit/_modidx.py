@@ -24,6 +24,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qlora_kit.batches.example': ('batches.html#example', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.global_batch': ('batches.html#global_batch', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.micro_batches': ('batches.html#micro_batches', 'qlora_kit/batches.py'),
+                                   'qlora_kit.batches.one_by_one': ('batches.html#one_by_one', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.pack': ('batches.html#pack', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.pad': ('batches.html#pad', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.row_weights': ('batches.html#row_weights', 'qlora_kit/batches.py'),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['shuffled', 'global_batch', 'micro_batches', 'Weighted', 'pad', 'count_targets', 'pack', 'check_packing', 'best_fit',
            'epoch_plan', 'Feed', 'step', 'batches', 'example', 'count', 'whole', 'target_weight', 'row_weights',
-           'document_mask', 'document_attention', 'attend_documents', 'document_starts']
+           'document_mask', 'one_by_one', 'document_attention', 'attend_documents', 'document_starts']
 
 # %% ../nbs/02_batches.ipynb #02batches002
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import signature
 from itertools import accumulate
 
@@ -205,6 +205,7 @@ class Feed:
     capacity:int|None=None # tokens of a packed sequence; None: rows are padded
     group_by_length:bool=False # padded rows of similar length in a step
     weights:dict|None=None # name of a row → its weight in the loss; None: 1
+    joined:bool=False # without a capacity: rows of a micro-batch one behind the other, and no pads
 
     def __post_init__(self):
         if self.capacity is not None and self.group_by_length:
@@ -230,7 +231,7 @@ def batches(self:Feed, step:int, rank:int=0)->Iterator[dict]: # exactly k batche
     totals = {name: sum(self.lengths[r] for r in s) for name,s in named.items()}
     for part in micro_batches(list(named), totals, self.batch_size, self.accumulation, rank, self.ranks):
         rows = [[self.example(r) for r in named[name]] for name in part]
-        yield pad([e for e, in rows], self.pad_id) if self.capacity is None else pack(rows, self.pad_id)
+        yield pack(rows if self.capacity else [[e for e, in rows]], self.pad_id) if self.capacity or self.joined else pad([e for e, in rows], self.pad_id)
 
 def example(self:Feed, row:int)->Example: # with its weight, if rows have any
     "A row by its number."
@@ -297,6 +298,17 @@ def document_mask(
     ago = t[:,None] - t
     return ((which[..., None] == which[..., None, :]) & (ago >= 0) & (ago < (window or T)))
 
+# %% ../nbs/02_batches.ipynb #02batches135b
+def one_by_one(
+    attend, # (query, key, value, mask) → (result [B,T,H,d], …), causal without a mask
+    query:torch.Tensor, key:torch.Tensor, value:torch.Tensor, # as in `document_attention`
+    documents:torch.Tensor, # int32 [S+1], as in a packed batch
+)->torch.Tensor: # [B,T,H,d]
+    "Each document by itself."
+    B, _, T, _ = query.shape
+    at = [(a//T, slice(a%T, a%T + n)) for a, n in zip(documents.tolist(), documents.diff().tolist())]
+    return torch.cat([attend(*(x[b:b+1, :, t] for x in (query, key, value)), None)[0] for b, t in at], 1).unflatten(1, (B, T)).squeeze(0)
+
 # %% ../nbs/02_batches.ipynb #02batches136
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {} # torch 2.11 takes fewer keys than queries unasked
 
@@ -319,11 +331,14 @@ def document_attention(
     "Attention that is told where documents begin; registered with transformers as `documents`."
     B, _, T, _ = query.shape
     if attention_mask is None or attention_mask.dtype != torch.int32: mask = attention_mask
-    elif not _kernel_takes(query, dropout): mask = document_mask(attention_mask.flatten(), (B, T), sliding_window)
-    else:
+    elif _kernel_takes(query, dropout):
         starts, window = attention_mask.flatten(), (sliding_window-1 if sliding_window else -1, 0)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         return varlen_attn(q, k, v, starts, starts, T, T, scale=scaling, window_size=window, **_GROUPED).unflatten(0, (B, T)), None
+    elif query.device.type == "cpu" and not sliding_window:
+        attend = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
+        return one_by_one(attend, query, key, value, attention_mask.flatten()), None
+    else: mask = document_mask(attention_mask.flatten(), (B, T), sliding_window)
     return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
 
 # %% ../nbs/02_batches.ipynb #02batches139

@@ -489,7 +489,8 @@ def make_job(cfg:RunConfig, # the run
     predicted, rungs = expect(folder, feed.capacity or max(feed.lengths, default=0)) if expect else (None, "none")
     zero = deepspeed_config(cfg, place, read_config(folder).hidden_size, deepspeed) if deepspeed or place.ranks > 1 else None
     model = build_model(cfg, folder, place.device, base, zero, rungs)
-    if feed.capacity and place.device != "cpu": attend_documents(model)
+    if not feed.capacity: feed.joined = place.device == "cpu" and attend_documents(model)
+    elif place.device != "cpu": attend_documents(model)
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, feed, val, make_plan(cfg.training, feed.sequences, place.ranks), notes, predicted)
 
 # %% ../nbs/15_train.ipynb #15train076

@@ -1,5 +1,6 @@
 "Batches: the promises that resume and several ranks rest on, over many sizes."
 import itertools, json, random, shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -228,6 +229,25 @@ def test_packed_is_each_document_alone(name):
         worst = max(((p.grad - reference[n]).norm()/reference[n].norm()).item() for n,p in model.named_parameters())
         assert worst < 1e-5, (told, worst)
         check_packing(lambda b: LossModel(model)(**b), tolerance=0.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, window of 5", "gpt2"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_joined_rows_learn_what_padded_rows_learn(name, weighted):
+    """Every micro-batch of two ranks, fillers too; 1e-5: fp32 through sums of a few hundred terms."""
+    rows = examples(7, longest=14, seed=3)
+    weights = {e.where: 1.0 + i % 3 for i, e in enumerate(rows)} if weighted else None
+    padded = Feed(rows, 0, 2, 2, 2, weights=weights)
+    joined, model = replace(padded, joined=True), family(name)
+    assert attend_documents(model)
+    for i in range(padded.per_epoch):
+        for rank in range(2):
+            for a, b in zip(padded.batches(i, rank), joined.batches(i, rank), strict=True):
+                assert len(b["input_ids"]) == 1 and target_weight(a) == target_weight(b)
+                loss = [LossModel(model)(**x) for x in (a, b)]
+                grads = [torch.cat([g.flatten() for g in torch.autograd.grad(x, list(model.parameters()))]) for x in loss] if target_weight(a) else [torch.ones(1)]*2
+                assert loss[1].item() == pytest.approx(loss[0].item(), rel=1e-5) and (grads[1] - grads[0]).norm() <= 1e-5*grads[0].norm()
+    assert sum(b["input_ids"].numel() for i in range(joined.per_epoch) for rank in range(2) for b in joined.batches(i, rank)) <= sum(len(e.ids) for e in rows) + 8  # a filler is one token
 
 
 def test_a_mask_of_ones_takes_the_walls_away():

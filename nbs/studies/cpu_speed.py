@@ -6,6 +6,7 @@ import json
 import logging
 import statistics
 import time
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from importlib.resources import files
@@ -67,7 +68,7 @@ def main():
     theirs = plain(cfg, {name: p.detach().clone() for name, p in lora_parameters(job.model).items()})
     spent, losses, tokens = {"kit": [], "plain": []}, {"kit": [], "plain": []}, []
     for i in range(a.steps + 2):  # the first two warm up
-        [batch], n = list(job.feed.batches(i)), job.feed.count(i)[1]
+        [batch], n = list(replace(job.feed, joined=False).batches(i)), job.feed.count(i)[1]
         rows = [int(e.ne(job.feed.pad_id).nonzero().max()) + 1 for e in batch["input_ids"]]
         batch = batch | {"mask": torch.stack([torch.arange(batch["input_ids"].shape[1]) < k for k in rows]).long()}
         start = time.perf_counter()
