@@ -49,9 +49,8 @@ def make_optimizer(module:nn.Module, # as in `trainable`
     groups = [{"params": [p for n, p in named.items() if (dims(p) >= 2) == matrix and (n in fast) == quick],
                "weight_decay": weight_decay if matrix else 0.0, "ratio": loraplus_ratio if quick else 1.0}
               for matrix in (True, False) for quick in (False, True)]
-    device = next(iter(named.values())).device.type
-    one_kernel = {"fused": True} if kind == "adamw" and device == "cuda" else {}
-    return optimizer_class(kind, device)([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, **one_kernel)
+    device, settings = next(iter(named.values())).device.type, {"fused": True} if kind == "adamw" else {}
+    return optimizer_class(kind, device)([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.999), eps=1e-8, **settings)
 
 def dims(p)->int: # under ZeRO-3 a parameter's own shape is empty, and `ds_shape` has the real one
     "Number of dimensions of the whole parameter."
@@ -118,7 +117,7 @@ def local_step(self:LocalEngine, lr:float)->float|torch.Tensor: # gradient norm 
     set_lr(self.optimizer, lr)
     self.scaler.unscale_(self.optimizer)
     norm = nn.utils.clip_grad_norm_(self.trained, self.max_grad_norm)
-    unread = not self.fp16 and bool(self.optimizer.defaults.get("fused"))
+    unread = norm.is_cuda and not self.fp16 and bool(self.optimizer.defaults.get("fused"))
     if unread: self.optimizer.found_inf = (~torch.isfinite(norm)).float(); self.optimizer.step()
     elif torch.isfinite(norm): self.scaler.step(self.optimizer)
     self.scaler.update()

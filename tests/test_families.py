@@ -5,12 +5,14 @@ import pytest, torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, LlamaForCausalLM,
                           MistralConfig, MixtralConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig)
 
 from qlora_kit import loader, sharded
 from qlora_kit.data import UserError
-from qlora_kit.loader import Tensors, load_model, packed_hash, quantization_config, skeleton, slots
+from qlora_kit.loader import Tensors, file_names, load_model, packed_hash, quantization_config, skeleton, slots
 from qlora_kit.lora import add_lora
 from qlora_kit.loss import LossModel
 from test_loader import contents, edit, theirs
@@ -63,6 +65,26 @@ def test_streamed_equals_transformers(families, name, dtype, settings, monkeypat
 def test_what_makes_families_differ_is_really_there(families):
     assert "embed_out.weight" in Tensors(families("gpt_neox"))
     assert "lm_head.weight" not in Tensors(families("gemma2")) and load_model(families("gemma2")).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_names_that_need_no_rule_are_what_the_rules_make_of_them(families, name):
+    model, names = skeleton(families(name), None, torch.float32, "cpu"), list(Tensors(families(name)))
+    with_rules = file_names(model, [*names, "a.stranger"])  # which has to be looked up
+    assert file_names(model, names) == {new: old for new, old in with_rules.items() if old != "a.stranger"}
+
+
+def test_the_table_of_rules_is_left_alone_where_it_says_nothing(families, monkeypatch):
+    asked = []
+    monkeypatch.setattr(loader, "get_model_conversion_mapping", lambda model: asked.append(model.config.model_type) or [])
+    for name in ("llama", "gpt_neox"): file_names(skeleton(families(name), None, torch.float32, "cpu"), list(Tensors(families(name))))
+    assert asked == ["gpt_neox"]
+
+
+def test_only_rules_for_stacked_matrices_keep_a_name():
+    rules = [rule for rules in _build_checkpoint_conversion_mapping().values() for rule in rules if isinstance(rule, WeightConverter)]
+    kept = [name for rule in rules for name in rule.source_patterns if name in rule.target_patterns]
+    assert len(rules) > 50 and all(".experts." in name for name in kept), kept
 
 
 def test_a_family_that_renames_saves_4_bit_and_comes_back(families, tmp_path):
