@@ -359,7 +359,7 @@ def fit(job:Job, # what to train on
         end = end_reason(job, engine, progress, signals) or ("done" if last else None)
         best = record and progress.best_step == step+1
         keep = end or best or (step+1) % plan.save_every == 0 or "save" in requests(job, engine)
-        if evaluate or keep: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
+        if evaluate or keep or not now.numbers.there: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
         if keep: save(job, engine, progress)
         if end: return end
     return "done"

@@ -137,6 +137,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tiny_co
     assert state["state"] == "failed" and "learning_rate" in state["error"]
 
 
+def test_a_step_that_is_saved_is_no_faster_than_its_neighbours(tiny_config):
+    """Within a factor of 50, which a checkpoint's own time stays in; with the clock read twice for one step it was thousands."""
+    result = run(tiny_config("rates", training__save_steps=2, training__max_steps=7, data__validation_split=0.0))
+    rates = [r["tokens_per_s"] for r in read_metrics(result.run)]
+    assert len(rates) == 7 and max(rates) < 50 * min(rates), rates
+
+
 def test_early_stop_keeps_the_best_adapter(tiny_config):
     path = tiny_config("early", training__learning_rate=0.5, training__lr_scheduler="constant", training__early_stop_patience=2, training__eval_steps=1,
                        training__save_steps=1, training__num_epochs=20)
