@@ -333,7 +333,7 @@ def plain_step(model, job:dict): # number of a step → function that fetches it
     import torch
     cuda, vocab = device() == "cuda", model.config.vocab_size
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=cuda)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     def step(i):
         x = random_ids(vocab, job["B"], job["T"], i)
         if cuda: x = x.pin_memory().to("cuda", non_blocking=True)
@@ -354,7 +354,7 @@ def sft_settings(job:dict, out:str)->dict: # for `SFTConfig`
     each = dict(per_device_train_batch_size=1, gradient_accumulation_steps=job["B"]) if packed else dict(per_device_train_batch_size=job["B"])
     own = dict(use_liger_kernel=cuda and find_spec("liger_kernel") is not None, gradient_checkpointing=True) if trl else dict(gradient_checkpointing=False)
     return each | own | ({} if cuda else dict(use_cpu=True)) | dict(output_dir=out, packing=packed, max_length=job["T"], max_steps=job["warm"] + job["steps"], learning_rate=1e-4, lr_scheduler_type="constant",
-                             max_grad_norm=1.0, bf16=cuda, optim="adamw_torch_fused" if cuda else "adamw_torch", seed=0,
+                             max_grad_norm=1.0, bf16=cuda, optim="adamw_torch_fused", seed=0,
                              logging_strategy="no", logging_nan_inf_filter=False, save_strategy="no", report_to="none", disable_tqdm=True)
 
 # %% ../nbs/18_bench.ipynb #18bench065

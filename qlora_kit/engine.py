@@ -134,11 +134,11 @@ class Numbers:
         device = next((x.device for x in scalars if isinstance(x, torch.Tensor) and x.is_cuda), None)
         both = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device) for x in scalars])
         self.host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True).copy_(both, non_blocking=True) if device else both
-        self.there = torch.cuda.current_stream(device).record_event() if device else None
+        self.event = torch.cuda.current_stream(device).record_event() if device else None
 
     def read(self)->list: # of floats
         "Wait until they are here."
-        if self.there: self.there.synchronize()
+        if self.event: self.event.synchronize()
         return self.host.tolist()
 
 # %% ../nbs/09_engine.ipynb #09engine035

@@ -359,7 +359,7 @@ def fit(job:Job, # what to train on
         end = end_reason(job, engine, progress, signals) or ("done" if last else None)
         best = record and progress.best_step == step+1
         keep = end or best or (step+1) % plan.save_every == 0 or "save" in requests(job, engine)
-        if evaluate or keep or not now.numbers.there: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
+        if evaluate or keep or not now.numbers.event: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
         if keep: save(job, engine, progress)
         if end: return end
     return "done"
@@ -489,8 +489,7 @@ def make_job(cfg:RunConfig, # the run
     predicted, rungs = expect(folder, feed.capacity or max(feed.lengths, default=0)) if expect else (None, "none")
     zero = deepspeed_config(cfg, place, read_config(folder).hidden_size, deepspeed) if deepspeed or place.ranks > 1 else None
     model = build_model(cfg, folder, place.device, base, zero, rungs)
-    if not feed.capacity: feed.joined = place.device == "cpu" and attend_documents(model)
-    elif place.device != "cpu": attend_documents(model)
+    if feed.capacity or place.device == "cpu": feed.joined = attend_documents(model) # without effect on packed rows
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, feed, val, make_plan(cfg.training, feed.sequences, place.ranks), notes, predicted)
 
 # %% ../nbs/15_train.ipynb #15train076

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from qlora_kit.checkpoint import checkpoints, load_checkpoint
 from qlora_kit.config import load_config
 from qlora_kit.data import UserError
+from qlora_kit.engine import find_place
 from qlora_kit.monitor import read_metrics
-from qlora_kit.train import RunFailed, train
+from qlora_kit.train import RunFailed, make_job, train
 
 TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
 
@@ -135,6 +136,13 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tiny_co
     assert load_checkpoint(checkpoints(folder)[0]).step >= 1
     state = json.loads((folder / "state.json").read_text())
     assert state["state"] == "failed" and "learning_rate" in state["error"]
+
+
+def test_rows_of_a_batch_have_no_pads_on_a_cpu(tiny_config, tmp_path):
+    path = tiny_config("joined", training__batch_size=4)
+    job = make_job(load_config(path), tmp_path / "run", find_place(), base=path.parent)
+    sizes = [batch["input_ids"].shape for batch in job.feed.batches(0)]
+    assert job.feed.joined and all(B == 1 for B, _ in sizes) and sum(T for _, T in sizes) == job.feed.count(0)[1]
 
 
 def test_a_step_that_is_saved_is_no_faster_than_its_neighbours(tiny_config):
