@@ -366,11 +366,14 @@ def fit(job:Job, # what to train on
 
 # %% ../nbs/15_train.ipynb #15train049
 def check_walls(job:Job, engine)->None:
-    "A packed run begins only if its model keeps documents apart."
-    if not job.feed.capacity: return
+    "Documents share a sequence only if the model keeps them apart: `UserError` for a packed run, padding for a batch of rows."
+    if not (job.feed.capacity or job.feed.joined): return
     training = engine.module.training
     engine.module.eval()
     try: check_packing(engine.forward, 1e-5 if compute_dtype(job.cfg.training.dtype, job.device) == "float32" else 1e-2)
+    except UserError:
+        if job.feed.capacity: raise
+        job.feed.joined = False
     finally: engine.module.train(training)
 
 # %% ../nbs/15_train.ipynb #15train050

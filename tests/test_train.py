@@ -16,7 +16,7 @@ from qlora_kit.config import load_config
 from qlora_kit.data import UserError
 from qlora_kit.engine import find_place
 from qlora_kit.monitor import read_metrics
-from qlora_kit.train import RunFailed, make_job, train
+from qlora_kit.train import RunFailed, check_walls, make_engine, make_job, train
 
 TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
 
@@ -143,6 +143,16 @@ def test_rows_of_a_batch_have_no_pads_on_a_cpu(tiny_config, tmp_path):
     job = make_job(load_config(path), tmp_path / "run", find_place(), base=path.parent)
     sizes = [batch["input_ids"].shape for batch in job.feed.batches(0)]
     assert job.feed.joined and all(B == 1 for B, _ in sizes) and sum(T for _, T in sizes) == job.feed.count(0)[1]
+
+
+def test_a_model_that_looks_across_documents_pads_the_rows_of_a_cpu(tiny_config, tmp_path):
+    """Each token of the first layer is told its predecessor, as in a model with a convolution."""
+    path = tiny_config("across", training__batch_size=4)
+    for across in (False, True):
+        job = make_job(load_config(path), tmp_path / "run", find_place(), base=path.parent)
+        if across: job.model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0] + args[0].roll(1, 1), *args[1:]))
+        check_walls(job, make_engine(job))
+        assert job.feed.joined is not across and (len(next(job.feed.batches(0))["input_ids"]) > 1) is across
 
 
 def test_a_step_that_is_saved_is_no_faster_than_its_neighbours(tiny_config):

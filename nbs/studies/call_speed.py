@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from ladder_speed import build
+from ladder_speed import build, report
 
 from qlora_kit.ladder import climb
 from qlora_kit.linear import decoded
@@ -64,10 +64,7 @@ def main():
         climb(model, rung)
         ms[rung] = 1e3 * started(step, 8 if cuda else 1)
     line = dict(task="calls", card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")}, us=us, ms_a_step=ms)
-    print(json.dumps(line))
-    if a.out:
-        with open(a.out, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+    report(line, a.out)
 
 
 if __name__ == "__main__":

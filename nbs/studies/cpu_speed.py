@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
+from ladder_speed import report
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -86,10 +87,7 @@ def main():
     speed = {who: n / sum(s[2:]) for who, s in spent.items()}
     line = dict(task="cpu", model=cfg.model.base_model, batch=cfg.training.batch_size, steps=a.steps, threads=torch.get_num_threads(), date=str(date.today()), versions={p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes")},
                 tokens_per_s=speed, ratio=speed["kit"] / speed["plain"], median_s={who: statistics.median(s[2:]) for who, s in spent.items()}, full=n / sum(t for _, t in tokens[2:]), last_loss={who: x[-1] for who, x in losses.items()})
-    print(json.dumps(line))
-    if a.out:
-        with open(a.out, "a", encoding="utf-8") as out:
-            out.write(json.dumps(line) + "\n")
+    report(line, a.out)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,14 @@ def measure(model, engine, setup, rungs, steps=8, warm=3):
     return sorted(times[warm:])[steps // 2], torch.cuda.max_memory_allocated() if cuda else 0
 
 
+def report(line, out):
+    """Print a measurement, and append it to a file if one is named."""
+    print(json.dumps(line), flush=True)
+    if out:
+        with open(out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 def main():
     ask = argparse.ArgumentParser()
     ask.add_argument("--shape", default="llama-3.1-8b")
@@ -68,10 +76,7 @@ def main():
         except torch.OutOfMemoryError:
             line |= dict(layers="more than the card has")
             engine.optimizer.zero_grad()
-        print(json.dumps(line), flush=True)
-        if a.out:
-            with open(a.out, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        report(line, a.out)
 
 
 if __name__ == "__main__":
