@@ -214,21 +214,27 @@ def family(name):
 FAMILIES = ["llama", "qwen2", "mistral, window of 5", "gemma2, eager, window of 5", "gemma3, window of 5", "gpt2", "gpt2, eager", "gpt-neox"]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_is_each_document_alone(name):
+def test_packed_is_each_document_alone(name, device):
     """Loss and gradients against transformers' own loss on single rows; 1e-5: fp32 through sums of a few hundred terms."""
     rows = examples(7, longest=14, seed=3)
     sequences = [rows[:3], rows[3:7]]
-    model = family(name)
-    for e in rows: (model(**pad([e], 0), use_cache=False).loss * count_targets(pad([e], 0))).backward()
+    model, there = family(name).to(device), lambda batch: {k: v.to(device) for k, v in batch.items()}
+    total = 0.0
+    for e in rows:
+        loss = model(**there(pad([e], 0)), use_cache=False).loss * count_targets(pad([e], 0))
+        loss.backward(); total += loss.item()
     reference = {n: p.grad.clone() for n,p in model.named_parameters()}
     for told in (False, True):
         if told and not attend_documents(model): assert "eager" in name; continue
         model.zero_grad()
-        LossModel(model)(**pack(sequences, 0)).backward()
+        loss = LossModel(model)(**there(pack(sequences, 0)))
+        loss.backward()
+        assert loss.item() == pytest.approx(total, rel=1e-5)
         worst = max(((p.grad - reference[n]).norm()/reference[n].norm()).item() for n,p in model.named_parameters())
         assert worst < 1e-5, (told, worst)
-        check_packing(lambda b: LossModel(model)(**b), tolerance=0.0)
+        check_packing(lambda b: LossModel(model)(**there(b)), tolerance=0.0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral, window of 5", "gpt2"])
