@@ -130,6 +130,7 @@ class Anatomy:
     wide: tuple     # bytes of embedding and head, once if they are tied
     other: tuple    # bytes of norms, biases and linears that stay plain
     adapter: tuple  # numbers of each A and B
+    mlp: int        # bytes of an MLP's matrices, all but the last
     layers: int     # L
     width: int      # D
     largest: int    # weights of the largest quantized matrix
@@ -152,7 +153,9 @@ def count(m:Setup)->Anatomy: # only what concerns the model may differ from the 
         r = next((r for end, r in m.rank_pattern if f".{name}".endswith(f".{end}")), m.r)
         if f".{name}".endswith(ends): adapter += [r*into, r*out, *[out]*("dora" in m.variant)]
         if state: scales_, largest = scales_ + scale_bytes(state), max(largest, out*into)
-    return Anatomy(tuple(packed), scales_, tuple(wide), tuple(other), tuple(adapter), len(decoder_layers(model)),
+    layers = decoder_layers(model)
+    mlp = [p.nbytes for part in filter(None, [mlp_of(layers[0])]) for p in part.parameters() if p.dim() > 1]
+    return Anatomy(tuple(packed), scales_, tuple(wide), tuple(other), tuple(adapter), sum(mlp[:-1]), len(layers),
                    model.config.get_text_config().hidden_size, largest, getattr(torch, m.dtype).itemsize)
 
 MODEL = ("base_model", "quant_type", "double_quant", "r", "target_modules", "rank_pattern", "variant", "dtype")
@@ -553,8 +556,8 @@ def traffic(setup:Setup)->dict: # name → bytes
     gradients = part*n*(2*s.accumulation if s.stage == 2 else s.accumulation if s.stage == 3 else 1)
     if s.stage < 3: return {"gradients": int(gradients), "updated adapter": int(part*n)}
     each, weights = part*s.accumulation, [*a.packed, *a.other]
-    again = sum(rung in ("layer", "host") for rung in rungs_of(s)) # layers, all but their last linear, which is as large as any
-    return {"linear layers": int(each*(2*sum(weights) + again*(sum(weights)/a.layers - max(weights)))), "embedding and head": int(2*each*max(a.wide)),
+    once_more = {"layer": (layer := sum(weights)/a.layers - max(weights)), "host": layer, "mlp": a.mlp, "mlp_host": a.mlp} # all but the last linear
+    return {"linear layers": int(each*(2*sum(weights) + sum(once_more.get(rung, 0) for rung in rungs_of(s)))), "embedding and head": int(2*each*max(a.wide)),
             "adapter": int(2*each*n), "gradients": int(gradients)}
 
 # %% ../nbs/07_memory.ipynb #07memory098

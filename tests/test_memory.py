@@ -196,6 +196,65 @@ def test_nf4_moves_a_quarter_of_bf16():
     assert sum(traffic(replace(s, stage=0)).values()) < nf4["linear layers"] / 50
 
 
+RANK = """
+import json, sys
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from qlora_kit.engine import DeepSpeedEngine, find_place, leave, make_optimizer
+from qlora_kit.ladder import climb
+from qlora_kit.linear import fast_linears
+from qlora_kit.loader import load_model
+from qlora_kit.lora import add_lora
+from qlora_kit.loss import LossModel
+from qlora_kit.pointwise import fast_pointwise
+from qlora_kit.zero import zero_config
+
+class Received(TorchDispatchMode):
+    "Bytes that gathers bring to this rank."
+    bytes = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "gather" in str(function):
+            whole, own = (sum(t.nbytes for t in tree_leaves(a) if isinstance(t, torch.Tensor)) for a in args[:2])
+            self.bytes += abs(whole - own)
+        return function(*args, **(kwargs or {}))
+
+place, ids, said = find_place(several=True), torch.randint(60, (2, 16)), {}
+for rung in ("none", "mlp", "layer"):
+    model = add_lora(load_model(sys.argv[1]), r=4).train()
+    fast_linears(model); fast_pointwise(model); climb(model, rung)
+    config = zero_config(hidden_size=64, recompute=rung == "layer")
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    module = LossModel(model)
+    engine = DeepSpeedEngine(module, make_optimizer(module), config, place)
+    for step in range(3): # the first is noted, the others gather ahead
+        with Received() as received: engine.backward(engine.forward(dict(input_ids=ids, labels=ids)), n=60)
+        engine.step(1e-3)
+    said[rung] = received.bytes
+if place.rank == 0: print(json.dumps(said))
+leave()
+"""
+
+
+@pytest.mark.ranks
+def test_what_is_recomputed_is_gathered_once_more(tmp_path):
+    """Two ranks under the kit's own config, an MLP as wide as in Llama. A layer's A and B come again too and have a row of their own: 4 % here."""
+    from transformers import AutoModelForCausalLM
+
+    from qlora_kit.engine import free_port
+
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | dict(intermediate_size=224))).save_pretrained(tmp_path)
+    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=open(tmp_path / f"out{r}", "w"),
+                              stderr=open(tmp_path / f"err{r}", "w")) for r in (0, 1)]
+    codes = [p.wait(timeout=300) for p in ranks]
+    assert codes == [0, 0], [(tmp_path / f"err{r}").read_text()[-3000:] for r in (0, 1)]
+    received = json.loads((tmp_path / "out0").read_text().splitlines()[-1])
+    planned = {rung: traffic(Setup(str(tmp_path), ranks=2, stage=3, dtype="float32", recompute=rung))["linear layers"] for rung in received}
+    assert received["mlp"] - received["none"] == planned["mlp"] - planned["none"] > 0
+    assert received["layer"] - received["none"] == pytest.approx(planned["layer"] - planned["none"], rel=0.06)
+
+
 def test_published_measurements_are_near():
     """One H100, other code around the same NF4 weights: 70B took 37.6 GB of weights with its adapter, 43.2 GB at 1 × 2048, 53 at 4 × 2048."""
     s = Setup("llama-3.1-70b")
