@@ -322,6 +322,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qlora_kit.engine.masters': ('engine.html#masters', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.optimizer_class': ('engine.html#optimizer_class', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.put': ('engine.html#put', 'qlora_kit/engine.py'),
+                                  'qlora_kit.engine.reads_of': ('engine.html#reads_of', 'qlora_kit/engine.py'),
+                                  'qlora_kit.engine.register_reads': ('engine.html#register_reads', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.set_local_scale': ('engine.html#set_local_scale', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.set_lr': ('engine.html#set_lr', 'qlora_kit/engine.py'),
                                   'qlora_kit.engine.set_sharded_scale': ('engine.html#set_sharded_scale', 'qlora_kit/engine.py'),

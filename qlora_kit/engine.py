@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'MOMENTS', 'KEPT', 'trainable', 'make_optimizer', 'dims
            'set_local_scale', 'Place', 'free_port', 'sharing', 'find_place', 'leave', 'DeepSpeedEngine',
            'forgotten_scale', 'loss_scaler', 'sharded_step', 'sharded_total', 'sharded_scale', 'set_sharded_scale',
            'masters', 'base_optimizer', 'at_hand', 'empty_moments', 'held', 'fp32_copies', 'whole', 'gather_sharded',
-           'sharded_state', 'shard', 'put', 'load_sharded_state', 'Gathered']
+           'sharded_state', 'shard', 'put', 'load_sharded_state', 'reads_of', 'register_reads', 'Gathered']
 
 # %% ../nbs/09_engine.ipynb #09engine002
 import os
@@ -253,6 +253,7 @@ class DeepSpeedEngine:
         self.params = trainable(self.module)
         self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=self.optimizer, config=self.config)
         self.stage = self.ds.zero_optimization_stage()
+        if self.stage == 3: register_reads(self.module)
         empty_moments(self.ds)
 
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss of this rank
@@ -416,6 +417,17 @@ def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # st
         for n, p in self.params.items(): put(self, p, kind, tensors[f"{kind}/{n}"])
 
 DeepSpeedEngine.load = load_sharded_state
+
+# %% ../nbs/09_engine.ipynb #09engine085d
+def reads_of(module:nn.Module)->list: # weights of other modules; empty for most
+    "A and B, which a LoRA module's one function reads."
+    return [part.weight for side in ("lora_A", "lora_B") for part in getattr(module, side, {}).values()]
+
+def register_reads(module:nn.Module)->None: # under stage 3, with everything inside
+    "Let each module's hooks gather what it reads of others."
+    import deepspeed
+    for reader in module.modules():
+        for weight in reads_of(reader): deepspeed.zero.register_external_parameter(reader, weight)
 
 # %% ../nbs/09_engine.ipynb #09engine086
 class Gathered:

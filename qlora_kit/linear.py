@@ -390,8 +390,7 @@ def fits(
     layer, lora = _layer(module), isinstance(module, LoraLinear4bit)
     dtype = layer.compute_dtype if layer.compute_type_is_set and layer.compute_dtype is not None else x.dtype
     bias = layer._parameters.get("bias")
-    graded = torch.is_grad_enabled() or hasattr(layer.weight, "ds_id") # a shard: evaluation in a step's order
-    if not graded or torch.is_autocast_enabled(x.device.type) or x.dtype != dtype or not x.numel(): return False
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != dtype or not x.numel(): return False
     if bias is not None and bias.requires_grad: return False
     if not lora: return True
     if module.disable_adapters or module.merged: return False

@@ -154,8 +154,9 @@ def count(m:Setup)->Anatomy: # only what concerns the model may differ from the 
         if f".{name}".endswith(ends): adapter += [r*into, r*out, *[out]*("dora" in m.variant)]
         if state: scales_, largest = scales_ + scale_bytes(state), max(largest, out*into)
     layers = decoder_layers(model)
-    mlp = [p.nbytes for part in filter(None, [mlp_of(layers[0])]) for p in part.parameters() if p.dim() > 1]
-    return Anatomy(tuple(packed), scales_, tuple(wide), tuple(other), tuple(adapter), sum(mlp[:-1]), len(layers),
+    mlp = mlp_of(layers[0])
+    matrices = [] if mlp is None else [p.nbytes for p in mlp.parameters() if p.dim() > 1]
+    return Anatomy(tuple(packed), scales_, tuple(wide), tuple(other), tuple(adapter), sum(matrices[:-1]), len(layers),
                    model.config.get_text_config().hidden_size, largest, getattr(torch, m.dtype).itemsize)
 
 MODEL = ("base_model", "quant_type", "double_quant", "r", "target_modules", "rank_pattern", "variant", "dtype")
@@ -556,7 +557,8 @@ def traffic(setup:Setup)->dict: # name → bytes
     gradients = part*n*(2*s.accumulation if s.stage == 2 else s.accumulation if s.stage == 3 else 1)
     if s.stage < 3: return {"gradients": int(gradients), "updated adapter": int(part*n)}
     each, weights = part*s.accumulation, [*a.packed, *a.other]
-    once_more = {"layer": (layer := sum(weights)/a.layers - max(weights)), "host": layer, "mlp": a.mlp, "mlp_host": a.mlp} # all but the last linear
+    layer = sum(weights)/a.layers - max(weights) # all but its last linear, which is as large as any
+    once_more = {"layer": layer, "host": layer, "mlp": a.mlp, "mlp_host": a.mlp}
     return {"linear layers": int(each*(2*sum(weights) + sum(once_more.get(rung, 0) for rung in rungs_of(s)))), "embedding and head": int(2*each*max(a.wide)),
             "adapter": int(2*each*n), "gradients": int(gradients)}
 
