@@ -419,11 +419,13 @@ def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # st
 DeepSpeedEngine.load = load_sharded_state
 
 # %% ../nbs/09_engine.ipynb #09engine085d
-def reads_of(module:nn.Module)->list: # weights of other modules; empty for most
+def reads_of(module:nn.Module, # perhaps a LoRA module
+    )->list: # weights of other modules; empty for most
     "A and B, which a LoRA module's one function reads."
     return [part.weight for side in ("lora_A", "lora_B") for part in getattr(module, side, {}).values()]
 
-def register_reads(module:nn.Module)->None: # under stage 3, with everything inside
+def register_reads(module:nn.Module, # under stage 3; with all that it contains
+    )->None:
     "Let each module's hooks gather what it reads of others."
     import deepspeed
     for reader in module.modules():
