@@ -17,6 +17,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'qlora_kit.batches.check_packing': ('batches.html#check_packing', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.count': ('batches.html#count', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.count_targets': ('batches.html#count_targets', 'qlora_kit/batches.py'),
+                                   'qlora_kit.batches.cudnn_attention': ('batches.html#cudnn_attention', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.document_attention': ('batches.html#document_attention', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.document_mask': ('batches.html#document_mask', 'qlora_kit/batches.py'),
                                    'qlora_kit.batches.document_starts': ('batches.html#document_starts', 'qlora_kit/batches.py'),

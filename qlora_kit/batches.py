@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['shuffled', 'global_batch', 'micro_batches', 'Weighted', 'pad', 'count_targets', 'pack', 'check_packing', 'best_fit',
            'epoch_plan', 'Feed', 'step', 'batches', 'example', 'count', 'whole', 'target_weight', 'row_weights',
-           'document_mask', 'one_by_one', 'document_attention', 'attend_documents', 'document_starts']
+           'document_mask', 'one_by_one', 'cudnn_attention', 'document_attention', 'attend_documents',
+           'document_starts']
 
 # %% ../nbs/02_batches.ipynb #02batches002
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from inspect import signature
@@ -316,6 +318,17 @@ def _kernel_takes(query, dropout):
     "May `varlen_attn` compute this? It knows 16-bit numbers, heads of up to 256 in eights, and no dropout."
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and not dropout
 
+# %% ../nbs/02_batches.ipynb #02batches137yd
+@contextmanager
+def cudnn_attention(
+    allowed:bool, # False: PyTorch chooses among the others
+):
+    "Within `with`, SDPA may take cuDNN's attention, or not; what was forbidden before stays so."
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed and before)
+    try: yield
+    finally: torch.backends.cuda.enable_cudnn_sdp(before)
+
 # %% ../nbs/02_batches.ipynb #02batches137
 def document_attention(
     module, # the attention layer
@@ -329,25 +342,26 @@ def document_attention(
     **kwargs, # handed to SDPA
 )->tuple[torch.Tensor,None]: # [B,T,H,d]; weights are not returned
     "Attention that is told where documents begin; registered with transformers as `documents`."
-    B, _, T, _ = query.shape
-    if attention_mask is None or attention_mask.dtype != torch.int32: mask = attention_mask
-    elif _kernel_takes(query, dropout):
-        starts, window = attention_mask.flatten(), (sliding_window-1 if sliding_window else -1, 0)
+    (B, _, T, _), mask = query.shape, attention_mask
+    told = mask is not None and mask.dtype == torch.int32
+    if told and mask.shape[-1] == B+1 and T <= (sliding_window or T): told, mask = False, None # each row is one document
+    sdpa = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
+    if told and _kernel_takes(query, dropout):
+        starts, window = mask.flatten(), (sliding_window-1 if sliding_window else -1, 0)
         q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
         return varlen_attn(q, k, v, starts, starts, T, T, scale=scaling, window_size=window, **_GROUPED).unflatten(0, (B, T)), None
-    elif query.device.type == "cpu" and not sliding_window:
-        attend = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
-        return one_by_one(attend, query, key, value, attention_mask.flatten()), None
-    else: mask = document_mask(attention_mask.flatten(), (B, T), sliding_window)
-    return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
+    if told and query.device.type == "cpu" and not sliding_window: return one_by_one(sdpa, query, key, value, mask.flatten()), None
+    if told: mask = document_mask(mask.flatten(), (B, T), sliding_window)
+    with cudnn_attention(T >= 1024 and T % 128 == 0): return sdpa(query, key, value, mask)
 
 # %% ../nbs/02_batches.ipynb #02batches139
 def attend_documents(
     model, # a transformers causal LM, or a PeftModel around one
 )->bool: # False: left as it was, and position ids do the work
-    "Let a model that uses SDPA compute packed batches document by document."
+    "Let a model that uses SDPA compute its batches document by document."
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
+    if config._attn_implementation == "documents": return True
     if config._attn_implementation != "sdpa" or set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}: return False
     AttentionInterface.register("documents", document_attention)
     AttentionMaskInterface.register("documents", sdpa_mask)
@@ -356,7 +370,11 @@ def attend_documents(
 
 def document_starts(
     model, # as in `attend_documents`
-    documents:torch.Tensor|None, # int32 [S+1] of a packed batch, None for a padded one
+    ids:torch.Tensor, # [B,T] token ids
+    documents:torch.Tensor|None=None, # int32 [S+1] of a packed batch; None for a padded one, whose rows are the documents
 )->torch.Tensor|None: # int32 [1,1,1,S+1], None where position ids do the work
     "What such a model takes in the place of an attention mask."
-    return documents[None,None,None] if documents is not None and model.config.get_text_config()._attn_implementation == "documents" else None
+    if model.config.get_text_config()._attn_implementation != "documents": return None
+    (B, T), rows = ids.shape, documents
+    if rows is None: rows = torch.arange(0, B*T+1, T, dtype=torch.int32, device=ids.device)
+    return rows[None,None,None]

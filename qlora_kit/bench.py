@@ -64,11 +64,11 @@ def stretch(step, # number of a step → function that fetches its loss
     steps:int, warm:int=3, # timed, and before the clock starts
     )->dict: # seconds of one step; loss of the first and of the last
     "Time many steps as one."
-    losses = [step(i) for i in range(warm)]
+    first, *_ = [step(i) for i in range(warm)]
     wait_for_card(); start = time.perf_counter()
-    losses += [step(warm + i) for i in range(steps)]
+    for i in range(steps): last = step(warm + i)
     wait_for_card(); seconds = (time.perf_counter() - start)/steps
-    return dict(seconds=seconds, first_loss=losses[0](), last_loss=losses[-1]())
+    return dict(seconds=seconds, first_loss=first(), last_loss=last())
 
 # %% ../nbs/18_bench.ipynb #18bench022
 def watched(run, *args)->dict: # what `run` returns, and `peak_gb` (None without a card)
@@ -255,6 +255,7 @@ def kit_step(run, engine, i:int): # → function that fetches the loss
 # %% ../nbs/18_bench.ipynb #18bench048
 def large_model(job:dict, cfg, place, tell): # PeftModel
     "Random 4-bit weights without a file, on the rungs that the plan chooses."
+    from qlora_kit.batches import attend_documents
     from qlora_kit.ladder import climb, in_words
     from qlora_kit.linear import fast_linears
     from qlora_kit.lora import add_lora
@@ -263,7 +264,7 @@ def large_model(job:dict, cfg, place, tell): # PeftModel
     from qlora_kit.train import choose_rungs, memory_limit, memory_setup
     setup = choose_rungs(memory_setup(cfg, job["shape"], place.device, length=job["T"]), job["setting"], *memory_limit(place))
     model = add_lora(stand_in(shape_text(job["shape"]), dtype=numbers(), device=place.device), job["rank"], 2*job["rank"], 0.0, seed=0)
-    fast_linears(model); fast_pointwise(model); climb(model, rungs_of(setup))
+    fast_linears(model); fast_pointwise(model); climb(model, rungs_of(setup)); attend_documents(model)
     tell(predicted_gb=predict(setup).peak/GB, layers=in_words(rungs_of(setup)))
     return model
 

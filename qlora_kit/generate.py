@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers import GenerationConfig
 
+from .batches import cudnn_attention
 from .data import UserError
 from .linear import decoded
 from .tokens import progress, prompt_ids
@@ -65,7 +66,7 @@ def _check(model, rows, max_new_tokens, batch_size, temperature):
 def _answer(model, rows, settings):
     "New token ids of one batch: [B, new]; after its end an answer is filled up with pads."
     batch = {name: x.to(model.device) for name, x in left_pad(rows, settings.pad_token_id).items()}
-    return model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1]:].tolist()
+    with cudnn_attention(False): return model.generate(**batch, generation_config=settings)[:, batch["input_ids"].shape[1]:].tolist()
 
 # %% ../nbs/12_generate.ipynb #12generate021
 def generate(
@@ -154,7 +155,7 @@ def stream(
     model.eval()
     try:
         for last in reversed(range(max_new_tokens)):
-            out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **kept)
+            with cudnn_attention(False): out = model(input_ids=ids, use_cache=True, logits_to_keep=1, **kept)
             name = "cache" if hasattr(out, "cache") else "past_key_values" # as newer and older versions of transformers call it
             token, kept = draw(out.logits[0, -1], temperature, top_p, generator), {name: getattr(out, name)}
             made.append(token)

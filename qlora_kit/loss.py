@@ -241,7 +241,7 @@ def loss_forward(self:LossModel,
     decoder, head, softcap = split_model(self.model)
     lengths = row_lengths(input_ids, attention_mask, documents) if self.neftune_alpha and self.training else None
     if attention_mask is not None: check_padding(attention_mask)
-    starts = document_starts(decoder, documents) if documents is not None else None
+    starts = document_starts(decoder, input_ids, documents)
     with nullcontext() if lengths is None else noisy_embeddings(decoder.get_input_embeddings(), lengths, self.neftune_alpha):
         hidden = decoder(input_ids=input_ids, attention_mask=starts, use_cache=False, **extra)[0]
     return target_loss(hidden, labels, head, self.chunk, softcap, weights, places)[0]

@@ -229,6 +229,7 @@ def build_model(cfg:RunConfig, # the run
     fast_linears(model)
     fast_pointwise(model)
     climb(model, rungs)
+    attend_documents(model)
     return model
 
 # %% ../nbs/15_train.ipynb #15train035
@@ -492,7 +493,7 @@ def make_job(cfg:RunConfig, # the run
     predicted, rungs = expect(folder, feed.capacity or max(feed.lengths, default=0)) if expect else (None, "none")
     zero = deepspeed_config(cfg, place, read_config(folder).hidden_size, deepspeed) if deepspeed or place.ranks > 1 else None
     model = build_model(cfg, folder, place.device, base, zero, rungs)
-    if feed.capacity or place.device == "cpu": feed.joined = attend_documents(model) # without effect on packed rows
+    feed.joined = place.device == "cpu" and attend_documents(model)
     return Job(cfg, Path(run), place, tokenizer, model, adapter_base(cfg.model.base_model, folder), train, feed, val, make_plan(cfg.training, feed.sequences, place.ranks), notes, predicted)
 
 # %% ../nbs/15_train.ipynb #15train076

@@ -403,3 +403,45 @@ def test_two_hundred_steps_in_fp16_on_a_card_find_their_scale_and_learn(llama_fo
         if engine.fp16: assert 1 <= skipped <= 30 and 1 <= engine.scale["scale"] < 2.0**30 and all(torch.isfinite(t).all() for t in engine.state().values())
         else: assert skipped == 0 and engine.scale is None
     assert ends[torch.float16] == pytest.approx(ends[torch.float32], abs=0.02)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("rung", ["dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host"])
+def test_a_step_waits_for_nothing(rung, llama_folder):
+    """The processor runs ahead of the card: after the first step, a wait anywhere is an error, in padded and in packed batches."""
+    from qlora_kit.batches import attend_documents, pack, pad
+    from qlora_kit.engine import Numbers
+    from qlora_kit.ladder import climb
+    from qlora_kit.linear import fast_linears
+    from qlora_kit.loader import load_model
+    from qlora_kit.lora import add_lora
+    from qlora_kit.loss import LossModel
+    from qlora_kit.pointwise import fast_pointwise
+    from qlora_kit.tokens import Example
+
+    model = add_lora(load_model(llama_folder(), dtype=torch.bfloat16, device="cuda:0", quiet=True), 4, 8, 0.05, seed=0)
+    fast_linears(model)
+    fast_pointwise(model)
+    climb(model, rung)
+    assert attend_documents(model)
+    module = LossModel(model, neftune_alpha=1.0).train()
+    engine = LocalEngine(module, make_optimizer(module), device="cuda:0")
+    rows = [Example([5 + i] * n, [False] + [True] * (n - 1)) for i, n in enumerate((30, 17, 25, 9))]
+    numbers = []
+
+    def step():
+        for batch in (pad(rows, 0), pack([rows[:2], rows[2:]], 0)):
+            loss = engine.forward(batch)
+            engine.backward(loss, 77)
+        numbers.append(Numbers(loss.detach(), engine.step(1e-2)))
+
+    step(); step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(); step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    losses = [n.read()[0] for n in numbers]
+    assert losses[-1] < losses[0]

@@ -204,3 +204,20 @@ def test_a_bar_is_drawn_only_where_somebody_watches(monkeypatch, terminal, quiet
     assert list(progress(range(3), "quick", quiet)) == [0, 1, 2] and sys.stderr.getvalue() == ""
     for _ in progress(range(14), "slow work", quiet): time.sleep(0.1)
     assert ("slow work" in sys.stderr.getvalue()) == shown and (sys.stderr.getvalue() == "") != shown
+
+
+def test_answers_are_written_without_cudnn(tokenizer, monkeypatch):
+    """It would make a plan for each new token (page 02); whoever calls finds the setting as it was, between two pieces too."""
+    model, seen, allowed = make("llama"), [], torch.backends.cuda.cudnn_sdp_enabled
+    forward = model.forward
+
+    def watch(*args, **kwargs):
+        seen.append(allowed())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watch)
+    generate(model, tokenizer, ask(3), max_new_tokens=3, quiet=True)
+    n = len(seen)
+    for _ in stream(model, tokenizer, ask(3)[0], max_new_tokens=3):
+        assert allowed()
+    assert n >= 1 and len(seen) > n and not any(seen) and allowed()
