@@ -28,13 +28,13 @@ demo: install ## fine-tune a real model on the sample data and show what it lear
 	@$(BIN)/qlora-kit train $(CONFIG) training.output_dir=runs/demo
 
 test: install ops ## every notebook, every unit test, and the check that notebooks and package agree
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
 	$(BIN)/python -m pytest -q -m ranks tests
 
 test-tutorials: install ops ## the five tutorials, with real runs and launches (about six minutes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m tutorials tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m tutorials tests
 
 test-browser: install ops ## widgets in a real JupyterLab in a real browser
 	@sh .ci/system-packages browser
