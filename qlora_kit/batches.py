@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shuffled', 'global_batch', 'micro_batches', 'Weighted', 'pad', 'count_targets', 'pack', 'check_packing', 'best_fit',
            'epoch_plan', 'Feed', 'step', 'batches', 'example', 'count', 'whole', 'target_weight', 'row_weights',
-           'document_mask', 'one_by_one', 'cudnn_attention', 'document_attention', 'attend_documents',
+           'document_mask', 'one_by_one', 'worth_a_plan', 'cudnn_attention', 'document_attention', 'attend_documents',
            'document_starts']
 
 # %% ../nbs/02_batches.ipynb #02batches002
@@ -319,6 +319,12 @@ def _kernel_takes(query, dropout):
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and not dropout
 
 # %% ../nbs/02_batches.ipynb #02batches137yd
+def worth_a_plan(
+    T:int, # positions of a sequence
+)->bool:
+    "Whether cuDNN's attention pays: it is ahead from here on, and other rows will have this length too."
+    return T >= 1024 and T % 128 == 0
+
 @contextmanager
 def cudnn_attention(
     allowed:bool, # False: PyTorch chooses among the others
@@ -352,7 +358,7 @@ def document_attention(
         return varlen_attn(q, k, v, starts, starts, T, T, scale=scaling, window_size=window, **_GROUPED).unflatten(0, (B, T)), None
     if told and query.device.type == "cpu" and not sliding_window: return one_by_one(sdpa, query, key, value, mask.flatten()), None
     if told: mask = document_mask(mask.flatten(), (B, T), sliding_window)
-    with cudnn_attention(T >= 1024 and T % 128 == 0): return sdpa(query, key, value, mask)
+    with cudnn_attention(worth_a_plan(T)): return sdpa(query, key, value, mask)
 
 # %% ../nbs/02_batches.ipynb #02batches139
 def attend_documents(

@@ -305,6 +305,18 @@ def test_padded_rows_and_generation_do_not_notice_documents(name):
     assert before[0] == pytest.approx(after[0], rel=1e-6 if "window" in name else 0) and torch.equal(before[1], after[1])
 
 
+@pytest.mark.parametrize("lengths", [(12, 12), (12, 7), (7, 12)])
+@pytest.mark.parametrize("name", ["llama", "mistral, window of 5"])
+def test_sequences_of_one_document_each_are_rows(name, lengths):
+    """What a short sequence leaves free is a document too, so only full ones are taken for rows; 1e-6: fp32."""
+    model, rows = family(name), [Example([5 + i + t % 7 for t in range(n)], [False] + [True]*(n-1)) for i, n in enumerate(lengths)]
+    alone = LossModel(model)(**pad(rows, 0)).item()
+    attend_documents(model)
+    batch = pack([[e] for e in rows], 0)
+    assert (len(batch["documents"]) == 3) == (lengths == (12, 12))
+    assert LossModel(model)(**batch).item() == pytest.approx(alone, rel=1e-6)
+
+
 class Read(torch.utils._python_dispatch.TorchDispatchMode):
     "Counts the tensors whose values Python asks for; on a card each is a wait."
     def __init__(self): super().__init__(); self.n = 0
@@ -329,6 +341,10 @@ def test_the_decoder_asks_for_no_value(name):
 def test_cudnn_is_allowed_where_a_length_comes_again(monkeypatch):
     seen, allowed = {}, torch.backends.cuda.cudnn_sdp_enabled
     monkeypatch.setattr(batches, "sdpa_attention_forward", lambda module, query, *args, **kwargs: seen.update({query.shape[2]: allowed()}))
+    assert torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(False)
+    with batches.cudnn_attention(False): assert not torch.backends.cuda.flash_sdp_enabled()
+    torch.backends.cuda.enable_flash_sdp(True)
     lengths = [1, 128, 896, 1023, 1024, 1025, 1100, 2048, 8192]
     def ask():
         seen.clear()

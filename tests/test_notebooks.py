@@ -4,7 +4,7 @@ Stored outputs are what the docs show. Their numbers are compared with those of 
 versions or rounding errors carry `#| tags: [measured]` and are left out. A page without any compared number fails.
 
 They were stored on an AMD processor. On others PyTorch's matrix library adds in another order, and a hundred steps of training make more of the last
-digit than that: there a number may be off by a quarter of its size, or by 0.1.
+digit than that: there a number may be off by a quarter of its size, or by 0.04, which is more than one answer of thirty-two.
 """
 import json
 import math
@@ -20,7 +20,7 @@ TUTORIALS = [p for p in ALL if p.parent.name == "tutorials" and p.stem != "colab
 PAGES = [p for p in ALL if p not in TUTORIALS]
 CPU = Path("/proc/cpuinfo")
 SAME = CPU.exists() and "AuthenticAMD" in CPU.read_text(encoding="utf-8")
-CLOSE = dict(rel_tol=1e-5, abs_tol=1e-12) if SAME else dict(rel_tol=0.25, abs_tol=0.1)
+CLOSE = dict(rel_tol=1e-5, abs_tol=1e-12) if SAME else dict(rel_tol=0.25, abs_tol=0.04)
 NUMBER = re.compile(r"(?<![\w.])[-−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.]*\w)")
 
 
@@ -73,7 +73,7 @@ def test_page(page, monkeypatch, one_thread):
     check_page(page, monkeypatch)
 
 
-@pytest.mark.parametrize("near, far, close", [("2.50001", "2.5010", dict(rel_tol=1e-5, abs_tol=1e-12)), ("2.9", "3.5", dict(rel_tol=0.25, abs_tol=0.1))])
+@pytest.mark.parametrize("near, far, close", [("2.50001", "2.5010", dict(rel_tol=1e-5, abs_tol=1e-12)), ("2.9", "3.5", dict(rel_tol=0.25, abs_tol=0.04))])
 def test_a_changed_number_is_found(near, far, close):
     cell = lambda text, source="x": {"id": "a", "cell_type": "code", "source": source, "outputs": [{"data": {"text/plain": text}}]}
     assert differences([cell("loss 2.50000")], [cell(f"loss {near}")], close) == ([], 1)
