@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from qlora_kit.data import UserError
 from qlora_kit.ladder import HOST_WALK, WALK, ladder
-from qlora_kit.memory import GB, Setup, anatomy, changes, fill_card, fit_card, kept_in_all, parse_size, predict, replace, resident, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
+from qlora_kit.memory import GB, Setup, anatomy, changes, fill_card, fit_card, kept_in_all, parse_size, predict, replace, resident, rungs_of, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
 
 HERE = Path(__file__).parent
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -344,7 +344,7 @@ def test_recipes_load_and_fit(name, tmp_path):
     """In a project's configs/ folder, as the first line of each says, and on the cards that its name says."""
     from qlora_kit.config import load_config
     from qlora_kit.launch import ASSETS
-    from qlora_kit.train import memory_setup
+    from qlora_kit.train import choose_rungs, memory_setup
 
     for folder in ("configs", "data"):
         (tmp_path / folder).mkdir()
@@ -352,9 +352,10 @@ def test_recipes_load_and_fit(name, tmp_path):
     shutil.copyfile(ASSETS / "scaffold/data/sample_data.json", tmp_path / "data/sample_data.json")
     cfg = load_config(tmp_path / f"configs/{name}.yaml")
     cards, memory = map(int, re.search(r"(\d+)x(\d+)gb$", name).groups())
-    setup = memory_setup(cfg, cfg.model.base_model, "cuda", cards)
-    assert fit_card(setup, memory * GB).fits
-    assert setup.batch * setup.accumulation * cards == 16 or setup.batch * cards > 16
+    setup = choose_rungs(memory_setup(cfg, cfg.model.base_model, "cuda", cards), cfg.training.recompute, memory * GB)
+    assert setup.packed and fit_card(setup, memory * GB).fits
+    assert setup.batch * setup.accumulation * cards == 8
+    assert not {"layer", "host"} & set(rungs_of(setup))  # no layer is computed twice as a whole
     text = (ASSETS / f"recipes/{name}.yaml").read_text()
     assert f"plan {name} --gpus {cards} --gpu-memory {memory}GB" in text and (cards == 1 or f"--ranks {cards}" in text)
 
@@ -365,9 +366,9 @@ def test_the_plan_command(tmp_path, capsys):
     assert run_app(["plan", "llama-3.1-8b-1x24gb", "--gpu-memory", "24GB", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"] and said["peak"] == max(sum(parts.values()) for parts in said["moments"].values()) < said["need"] < said["limit"] == 24 * GB
-    assert run_app(["plan", "llama-3.1-8b-1x24gb", "training.recompute=none", "--gpu-memory", "24GB"]) == 1
+    assert run_app(["plan", "llama-3.1-8b-1x24gb", "training.recompute=none", "training.batch_size=4", "--gpu-memory", "24GB"]) == 1
     out = capsys.readouterr().out
-    assert "does not fit" in out and "Smallest change: training.recompute=layer" in out and "packed weights" in out
+    assert "does not fit" in out and "Smallest change: training.recompute=mlp" in out and "packed weights" in out
     assert run_app(["plan", "llama-3.1-70b-4x24gb", "--gpus", "4", "--gpu-memory", "24GB", "--bandwidth", "25"]) == 0
     out = capsys.readouterr().out
     assert "512:" in out and "receives per step" in out

@@ -1,21 +1,24 @@
-"""Speed and memory of each rung of the ladder, random weights of a known shape on one card: python nbs/studies/ladder_speed.py [--shape NAME] [--batch B] [--out FILE]
+"""Speed and memory of each rung of the ladder, random weights of a known shape on one card: python nbs/studies/ladder_speed.py [--shape NAME] [--batch B,…] [--within GB] [--out FILE]
 
-A step is forward, backward, clipping and AdamW; it is waited for, and the median of eight counts, after three that warm up. One JSON line for each rung."""
+A step is forward, backward, clipping and AdamW; it is waited for, and the median of eight counts, after three that warm up. One JSON line for each rung.
+`--within` asks what a smaller card would do: `auto` fills that many GB, and a rung that needs more is left out."""
 import argparse
 import json
 import time
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from itertools import product
 
 import torch
 
+from qlora_kit.batches import attend_documents
 from qlora_kit.engine import LocalEngine, make_optimizer
 from qlora_kit.ladder import RUNGS, climb, in_words
 from qlora_kit.linear import fast_linears
 from qlora_kit.lora import add_lora
 from qlora_kit.loss import LossModel
-from qlora_kit.memory import GB, Setup, fill_card, predict, shape_text, stand_in
+from qlora_kit.memory import GB, Setup, fill_card, fit_card, predict, shape_text, stand_in
 from qlora_kit.pointwise import fast_pointwise
 
 
@@ -24,6 +27,7 @@ def build(setup):
     model = add_lora(stand_in(shape_text(setup.base_model), dtype=getattr(torch, setup.dtype), device=setup.device), setup.r, 32, 0.0, seed=0)
     fast_linears(model)
     fast_pointwise(model)
+    attend_documents(model)
     module = LossModel(model).to(setup.device).train()
     return model, LocalEngine(module, make_optimizer(module), 1.0, setup.device)
 
@@ -58,18 +62,24 @@ def report(line, out):
 def main():
     ask = argparse.ArgumentParser()
     ask.add_argument("--shape", default="llama-3.1-8b")
-    ask.add_argument("--batch", type=int, default=4)
+    ask.add_argument("--batch", default="4")
     ask.add_argument("--length", type=int, default=2048)
     ask.add_argument("--rungs", default=",".join(("auto", *RUNGS)))
+    ask.add_argument("--within", type=float)
     ask.add_argument("--out")
     a = ask.parse_args()
     cuda = torch.cuda.is_available()
-    setup = Setup(a.shape, a.batch, a.length, device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32")
-    model, engine = build(setup)
+    limit = a.within * GB if a.within else torch.cuda.get_device_properties(0).total_memory if cuda else 2**33
+    first, *others = (Setup(a.shape, int(batch), a.length, device="cuda" if cuda else "cpu", dtype="bfloat16" if cuda else "float32") for batch in a.batch.split(","))
+    model, engine = build(first)
     about = dict(card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")})
-    for rung in a.rungs.split(","):
-        chosen = fill_card(setup, torch.cuda.get_device_properties(0).total_memory if cuda else 2**33) if rung == "auto" else replace(setup, recompute=rung)
-        line = dict(shape=a.shape, batch=a.batch, length=a.length, rung=rung, predicted_gb=predict(chosen).peak / GB, **about)
+    if a.within:
+        about["within_gb"] = a.within
+    for setup, rung in product((first, *others), a.rungs.split(",")):
+        chosen = fill_card(setup, limit) if rung == "auto" else replace(setup, recompute=rung)
+        if a.within and not fit_card(chosen, limit).fits:
+            continue
+        line = dict(shape=a.shape, batch=setup.batch, length=a.length, rung=rung, predicted_gb=predict(chosen).peak / GB, **about)
         try:
             seconds, peak = measure(model, engine, setup, chosen.recompute)
             line |= dict(layers=in_words(chosen.recompute) if rung == "auto" else rung, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
