@@ -31,7 +31,7 @@ test: install ops ## every notebook, every unit test, and the check that noteboo
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not ranks and not cuda and not fresh and not docs and not browser and not tutorials' tests
 
 test-ranks: install ops ## launches of several ranks on the CPU under the deepspeed launcher
-	$(BIN)/python -m pytest -q -m ranks tests
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m ranks tests
 
 test-tutorials: install ops ## the five tutorials, with real runs and launches (about six minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m tutorials tests

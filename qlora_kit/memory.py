@@ -296,9 +296,9 @@ def short_model(m:Setup # only what concerns the model may differ from the defau
     return model, known, path
 
 def forward(model, setup:Setup)->torch.Tensor: # hidden states [B,T,D]
-    "The decoder's forward pass; only packed rows on a CPU have a mask."
+    "The decoder's forward pass; only packed rows with a sliding window, on a CPU, have a mask."
     B, T = setup.batch, setup.length
-    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="meta") if setup.packed and setup.device == "cpu" else None
+    mask = torch.ones(B, 1, T, T, dtype=torch.bool, device="meta") if setup.packed and setup.device == "cpu" and getattr(model.config, "sliding_window", None) else None
     ids = torch.zeros(B, T, dtype=torch.int64, device="meta")
     return split_model(model)[0](input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
