@@ -992,6 +992,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'qlora_kit.train.Job.device': ('train.html#job.device', 'qlora_kit/train.py'),
                                  'qlora_kit.train.Meter': ('train.html#meter', 'qlora_kit/train.py'),
                                  'qlora_kit.train.Meter.__init__': ('train.html#meter.__init__', 'qlora_kit/train.py'),
+                                 'qlora_kit.train.Meter.advice': ('train.html#meter.advice', 'qlora_kit/train.py'),
+                                 'qlora_kit.train.Meter.aside': ('train.html#meter.aside', 'qlora_kit/train.py'),
                                  'qlora_kit.train.Meter.log': ('train.html#meter.log', 'qlora_kit/train.py'),
                                  'qlora_kit.train.Meter.read': ('train.html#meter.read', 'qlora_kit/train.py'),
                                  'qlora_kit.train.Meter.start': ('train.html#meter.start', 'qlora_kit/train.py'),

@@ -327,10 +327,22 @@ class Meter:
     def read(self, done:Step)->tuple[float, float]: # mean loss, norm of the gradient; `RunFailed` if one is not finite
         "Look at a step."
         loss, norm = done.numbers.read()
-        loss, lr = self.engine.total(loss)/done.targets, self.job.cfg.training.learning_rate
-        if not math.isfinite(loss): raise RunFailed(f"the loss is {loss} at step {done.number}; start a new run with a lower training.learning_rate (now {lr})")
-        if not math.isfinite(norm) and not done.skipped: raise RunFailed(f"a gradient is {norm} at step {done.number}; start a new run with a lower training.learning_rate (now {lr})")
+        loss = self.engine.total(loss)/done.targets
+        for what, x, fine in ("the loss", loss, math.isfinite(loss)), ("a gradient", norm, math.isfinite(norm) or done.skipped):
+            if not fine: raise RunFailed(f"{what} is {x} at step {done.number}; {self.advice(done.number)}")
         return loss, norm
+
+    def advice(self, number:int)->str: # of the step, from 1
+        "What to try when a number is none."
+        if number > 1: return f"start a new run with a lower training.learning_rate (now {self.job.cfg.training.learning_rate})"
+        return "no update came before it, so the cause is in the base model's weights, in a row (--debug shows the first batch), or in float16's range (training.dtype)"
+
+    def aside(self, act, *args): # what `act` returns
+        "Do what is no training; speed does not count the time."
+        start = time.monotonic()
+        result = act(*args)
+        self.clock += time.monotonic()-start
+        return result
 
     def log(self, done:Step, loss:float, norm:float, seen:int, record:dict={}, always:bool=False): # seen: tokens since the run began; record: what an evaluation found
         "Write a line of metrics, if it is time for one."
@@ -356,12 +368,12 @@ def fit(job:Job, # what to train on
         before, progress.step, progress.tokens = now, step+1, progress.tokens+now.tokens
         last, evaluate = step+1 == plan.total, job.val and (step+1 == plan.total or (step+1) % plan.eval_every == 0)
         numbers = meter.read(now) if evaluate else None
-        record = evaluate_step(job, engine, progress) if evaluate else {}
+        record = meter.aside(evaluate_step, job, engine, progress) if evaluate else {}
         end = end_reason(job, engine, progress, signals) or ("done" if last else None)
         best = record and progress.best_step == step+1
         keep = end or best or (step+1) % plan.save_every == 0 or "save" in requests(job, engine)
         if evaluate or keep or not now.numbers.event: meter.log(now, *(numbers or meter.read(now)), progress.tokens, record, bool(end)); before = None
-        if keep: save(job, engine, progress)
+        if keep: meter.aside(save, job, engine, progress)
         if end: return end
     return "done"
 

@@ -329,6 +329,8 @@ def test_a_mistake_is_said_before_or_by_the_run(tiny_config):
     look = until_over(Overview(start(tiny_config("missing", model__target_modules=["nothing"]))))
     assert look.state == "failed" and "nothing" in look.log and look.run is None
     assert before_folder(look.target)[0] == "failed" and "nothing" in look._repr_html_()
+    look = until_over(Overview(start(tiny_config("file"), deepspeed="no_such.json")))
+    assert look.state == "failed" and "no_such.json" in look.log
 
 
 def test_compare_shows_what_differs_and_nothing_else(tmp_path):

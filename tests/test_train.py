@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_kit.checkpoint import checkpoints, load_checkpoint
 from qlora_kit.config import load_config
@@ -136,6 +136,33 @@ def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tiny_co
     assert load_checkpoint(checkpoints(folder)[0]).step >= 1
     state = json.loads((folder / "state.json").read_text())
     assert state["state"] == "failed" and "learning_rate" in state["error"]
+
+
+def test_a_loss_that_is_no_number_before_any_update_is_not_blamed_on_the_rate(tiny_config, tiny_llama, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RunFailed, match="at step 1; no update came before it") as failure:
+        run(tiny_config("broken", model__base_model=str(broken)))
+    assert "learning_rate" not in str(failure.value)
+
+
+def test_speed_does_not_count_evaluations_and_checkpoints(tiny_config, monkeypatch):
+    """The clock stands still but for what is no training, which takes a thousand seconds, and a second in each step."""
+    import qlora_kit.train as kit
+
+    now, spent = [0.0], {"take_step": 1, "evaluate_step": 1000, "save": 1000}
+    for name, seconds in spent.items():
+        def slow(*args, seconds=seconds, act=getattr(kit, name)):
+            now[0] += seconds
+            return act(*args)
+        monkeypatch.setattr(kit, name, slow)
+    monkeypatch.setattr(kit.time, "monotonic", lambda: now[0])
+    records = read_metrics(run(tiny_config("speed", training__save_steps=1, training__eval_steps=2, training__max_steps=4, data__validation_split=0.2)).run)
+    assert now[0] > 3000 and sum("val_loss" in r for r in records) >= 2
+    assert [r["samples_per_s"] for r in records] == pytest.approx([records[0]["samples_per_s"]] * 4)
 
 
 def test_rows_of_a_batch_have_no_pads_on_a_cpu(tiny_config, tmp_path):
