@@ -713,6 +713,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qlora_kit.memory.kept_in_all': ('memory.html#kept_in_all', 'qlora_kit/memory.py'),
                                   'qlora_kit.memory.layer_input': ('memory.html#layer_input', 'qlora_kit/memory.py'),
                                   'qlora_kit.memory.loading': ('memory.html#loading', 'qlora_kit/memory.py'),
+                                  'qlora_kit.memory.loss_peak': ('memory.html#loss_peak', 'qlora_kit/memory.py'),
                                   'qlora_kit.memory.measure_loss': ('memory.html#measure_loss', 'qlora_kit/memory.py'),
                                   'qlora_kit.memory.memory_table': ('memory.html#memory_table', 'qlora_kit/memory.py'),
                                   'qlora_kit.memory.moment_bytes': ('memory.html#moment_bytes', 'qlora_kit/memory.py'),

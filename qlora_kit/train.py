@@ -333,9 +333,9 @@ class Meter:
         return loss, norm
 
     def advice(self, number:int)->str: # of the step, from 1
-        "What to try when a number is none."
+        "What to try when a loss or gradient is not finite."
         if number > 1: return f"start a new run with a lower training.learning_rate (now {self.job.cfg.training.learning_rate})"
-        return "no update came before it, so the cause is in the base model's weights, in a row (--debug shows the first batch), or in float16's range (training.dtype)"
+        return "no update came before it, so the cause is in the weights of the base model or of model.start_adapter, in a row (--debug shows the first batch), or in float16's range (training.dtype)"
 
     def aside(self, act, *args): # what `act` returns
         "Do what is no training; speed does not count the time."

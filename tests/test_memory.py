@@ -328,6 +328,18 @@ def test_two_steps_on_a_card_take_what_was_predicted(model, batch, recompute):
     assert result["predicted"] == pytest.approx(result["measured"], rel=0.05)
 
 
+def test_thousands_of_rows_are_predicted_as_if_each_chunk_were_followed(monkeypatch):
+    import qlora_kit.memory as kit
+
+    s = Setup("smollm2-135m", batch=300)
+    assert s.batch * s.length > kit.MANY
+    quick = trace(s)
+    trace.cache_clear()
+    monkeypatch.setattr(kit, "MANY", 10**9)
+    assert trace(s) == quick
+    trace.cache_clear()
+
+
 def recipes():
     from qlora_kit.launch import recipe_names
 
