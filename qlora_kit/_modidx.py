@@ -495,6 +495,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'qlora_kit.launch.quiet_libraries': ('launch.html#quiet_libraries', 'qlora_kit/launch.py'),
                                   'qlora_kit.launch.ranks_of': ('launch.html#ranks_of', 'qlora_kit/launch.py'),
                                   'qlora_kit.launch.read_hosts': ('launch.html#read_hosts', 'qlora_kit/launch.py'),
+                                  'qlora_kit.launch.recipe': ('launch.html#recipe', 'qlora_kit/launch.py'),
+                                  'qlora_kit.launch.recipe_file': ('launch.html#recipe_file', 'qlora_kit/launch.py'),
                                   'qlora_kit.launch.recipe_names': ('launch.html#recipe_names', 'qlora_kit/launch.py'),
                                   'qlora_kit.launch.report': ('launch.html#report', 'qlora_kit/launch.py'),
                                   'qlora_kit.launch.requirements': ('launch.html#requirements', 'qlora_kit/launch.py'),

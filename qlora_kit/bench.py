@@ -793,4 +793,4 @@ def in_short(line:dict)->str: # one line of text
     return f"{name}: {speed}" + ("" if line.get("peak_gb") is None else f", {line['peak_gb']:.1f} GB")
 
 # %% ../nbs/18_bench.ipynb #18bench145
-if __name__ == "__main__": sys.exit(child(sys.argv[1]))
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(child(sys.argv[1]))

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['app', 'Overrides', 'ASSETS', 'GRAIN', 'CODES', 'kit_requirement', 'requirements', 'new', 'inspect', 'look_at',
-           'show_parts', 'recipe_names', 'plan_config', 'plan_shape', 'plan_table', 'plan_answer', 'plan', 'card_here',
-           'traffic_times', 'show_plan', 'spell_resume', 'train', 'quiet_libraries', 'report', 'launch_command',
-           'which_cards', 'read_hosts', 'launch_environment', 'family', 'ranks_of', 'Launched', 'launch',
-           'die_with_parent', 'pass_on', 'wait', 'lives', 'exit_code', 'launch_cli', 'attend', 'open_run',
-           'device_here', 'generate', 'chat', 'typed_lines', 'held_out_rows', 'evaluate', 'merge', 'bench', 'run_app',
-           'end_process', 'main', 'train_script', 'inference_script']
+           'show_parts', 'recipe_names', 'recipe_file', 'plan_config', 'plan_shape', 'recipe', 'plan_table',
+           'plan_answer', 'plan', 'card_here', 'traffic_times', 'show_plan', 'spell_resume', 'train', 'quiet_libraries',
+           'report', 'launch_command', 'which_cards', 'read_hosts', 'launch_environment', 'family', 'ranks_of',
+           'Launched', 'launch', 'die_with_parent', 'pass_on', 'wait', 'lives', 'exit_code', 'launch_cli', 'attend',
+           'open_run', 'device_here', 'generate', 'chat', 'typed_lines', 'held_out_rows', 'evaluate', 'merge', 'bench',
+           'run_app', 'end_process', 'main', 'train_script', 'inference_script']
 
 # %% ../nbs/17_launch.ipynb #17launch002
 import importlib.metadata as metadata
 import json, logging, os, shlex, shutil, signal, sys, time, traceback, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from subprocess import DEVNULL, STDOUT, Popen
@@ -122,12 +123,18 @@ def recipe_names()->list[str]: # as "llama-3.1-8b-1x24gb": shape, cards, memory 
     "The recipes that ship with the kit."
     return sorted(p.stem for p in (ASSETS/"recipes").glob("*.yaml"))
 
+def recipe_file(name:str)->Path: # `UserError` with the nearest names
+    "Where a recipe is."
+    if name in (known := recipe_names()): return ASSETS/"recipes"/f"{name}.yaml"
+    near = get_close_matches(name.lower(), known, 3, 0.6)
+    raise UserError(f"received {name!r}, which is neither a file nor a recipe; " + (f"did you mean {' or '.join(near)}?" if near else "`qlora-kit recipe` lists the recipes"))
+
 def plan_config(config:Path, # a YAML file, or the name of a recipe
     overrides:list=(), # "section.key=value" words
     ): # RunConfig; the data need not be there
     "The settings of a run that may never happen here."
     from qlora_kit.config import check, find_input, looks_like_path, override, read_yaml
-    if not config.exists() and config.name in recipe_names(): config = ASSETS/"recipes"/f"{config.name}.yaml"
+    if not config.exists() and config.suffix not in (".yaml", ".yml"): config = recipe_file(config.name)
     values, text = read_yaml(config)
     cfg = check(override(values, overrides), text, str(config), overrides)
     if looks_like_path(cfg.model.base_model): cfg.model.base_model = str(find_input(cfg.model.base_model, config.resolve().parent, "model.base_model"))
@@ -142,6 +149,17 @@ def plan_shape(base_model:str, revision:str|None=None)->str: # a well-known name
         from huggingface_hub import hf_hub_download
         try: return str(Path(hf_hub_download(base_model, "config.json", revision=revision)).parent)
         except Exception: raise e from None
+
+# %% ../nbs/17_launch.ipynb #17launch016b
+@app.command()
+def recipe(name: Annotated[str | None, typer.Argument(help="Its name; without one, all are listed")] = None):
+    "List the recipes that ship with the kit, or write one into configs/.\n\nExample: qlora-kit recipe llama-3.1-8b-1x24gb"
+    if name is None: return print("\n".join(recipe_names()))
+    source, target = recipe_file(name), Path("configs")/f"{name}.yaml"
+    if target.exists(): raise UserError(f"{target} exists; move it, or edit what is there")
+    target.parent.mkdir(exist_ok=True)
+    shutil.copyfile(source, target)
+    print(f"{target} is written. Next: name your rows in it (data.train_file), and\n  qlora-kit inspect {target}")
 
 # %% ../nbs/17_launch.ipynb #17launch018
 GRAIN = "█▓▒░▚▤▦▥▧▨"
@@ -177,7 +195,7 @@ def plan_answer(setup, limit:int)->dict: # fit: bool, need: bytes, text; and whe
 @app.command()
 def plan(config: Annotated[Path, typer.Argument(help="The YAML config, or the name of a recipe")],
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Cards; each runs one rank")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", "--ranks", min=1, help="Cards; each runs one rank")] = 1,
     gpu_memory: Annotated[str | None, typer.Option(help="Memory of one card, e.g. 24GB; the card that is here if left out")] = None,
     deepspeed: Annotated[Path | None, typer.Option(help="DeepSpeed JSON file of the run")] = None,
     bandwidth: Annotated[float | None, typer.Option(help="10⁹ bytes a second that one rank can receive; estimates the time of a step's traffic")] = None,
@@ -684,7 +702,7 @@ def main()->None:
     sys.exit(run_app(sys.argv[1:]))
 
 # %% ../nbs/17_launch.ipynb #17launch077
-if __name__ == "__main__": main()
+if __name__ == "__main__" and "__file__" in globals(): main() # a page has no file
 
 # %% ../nbs/17_launch.ipynb #17launch081
 def train_script(argv:list)->int: # words after `scripts/train.py` → exit code

@@ -832,7 +832,7 @@ def summarize(job:Job, engine, progress:Progress, status:str, before, after=None
     records = read_metrics(job.run)
     summary = dict(status=status, first_loss=records[0]["loss"] if records else None, last_loss=records[-1]["loss"] if records else None,
                    best_val_loss=progress.best_val, steps=progress.step, tokens=progress.tokens, wall_s=records[-1]["elapsed_s"] if records else 0.0,
-                   mem_peak_gb=memory_gb(job.device)[1], mem_predicted_gb=job.predicted, score_before=before, score_after=after)
+                   mem_peak_gb=max([memory_gb(job.device)[1], *(r.get("mem_peak_gb", 0) for r in records)]), mem_predicted_gb=job.predicted, score_before=before, score_after=after)
     if engine.rank == 0: (job.run/"summary.json").write_text(json.dumps(summary, indent=2))
     return Result(job.run, status, summary)
 

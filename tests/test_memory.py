@@ -372,6 +372,23 @@ def test_recipes_load_and_fit(name, tmp_path):
     assert f"plan {name} --gpus {cards} --gpu-memory {memory}GB" in text and (cards == 1 or f"--ranks {cards}" in text)
 
 
+def test_a_recipe_is_listed_written_once_and_looked_for_under_a_wrong_name(tmp_path, monkeypatch, capsys):
+    from qlora_kit.launch import ASSETS, run_app
+
+    monkeypatch.chdir(tmp_path)
+    assert run_app(["recipe"]) == 0 and capsys.readouterr().out.split() == recipes()
+    assert run_app(["recipe", "llama-3.1-8b-1x24gb"]) == 0
+    written = tmp_path / "configs/llama-3.1-8b-1x24gb.yaml"
+    assert written.read_text() == (ASSETS / "recipes/llama-3.1-8b-1x24gb.yaml").read_text()
+    written.write_text("mine")
+    assert run_app(["recipe", "llama-3.1-8b-1x24gb"]) == 2 and written.read_text() == "mine"
+    capsys.readouterr()
+    for command in (["recipe"], ["plan", "--gpu-memory", "24GB"]):
+        assert run_app([*command, "Llama-3.1-8B-1x24G"]) == 2
+        assert "did you mean llama-3.1-8b-1x24gb" in "".join(capsys.readouterr())
+    assert run_app(["plan", "llama-3.1-70b-2x48gb", "--ranks", "2", "--gpu-memory", "48GB"]) == 0  # as the advice of a plan spells it
+
+
 def test_the_plan_command(tmp_path, capsys):
     from qlora_kit.launch import run_app
 
