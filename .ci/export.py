@@ -17,17 +17,16 @@ def source(cell):
 
 
 def export_templates(root):
-    """Cells flagged `#| template PATH` become files of the scaffold."""
+    """Fenced Python in a page's text that begins with `# scripts/NAME` becomes a file of the scaffold; as text it does not run with the page."""
     for page in sorted((root / "nbs").glob("*.ipynb")):
         for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
-            found = re.search(r"^#\| template (\S+)\n", source(cell), flags=re.M)
-            if cell["cell_type"] != "code" or not found:
+            if cell["cell_type"] != "markdown":
                 continue
-            body = re.sub(r"^#\|.*\n", "", source(cell), flags=re.M).strip("\n")
-            head = f"# Generated from nbs/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
-            target = root / "qlora_kit/assets/scaffold" / f"{found[1]}.tpl"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(head + body + "\n", encoding="utf-8")
+            for name, body in re.findall(r"^```python\n# (scripts/\S+)\n(.*?)^```$", source(cell), flags=re.M | re.S):
+                head = f"# Generated from nbs/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
+                target = root / "qlora_kit/assets/scaffold" / f"{name}.tpl"
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(head + body, encoding="utf-8")
 
 
 def output_text(output):
