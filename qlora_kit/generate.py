@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from .batches import cudnn_attention
 from .data import UserError
 from .linear import decoded
-from .tokens import progress, prompt_ids
+from .tokens import end_tokens, progress, prompt_ids
 
 # %% ../nbs/12_generate.ipynb #12generate009
 def left_pad(
@@ -33,12 +33,16 @@ def left_pad(
 # %% ../nbs/12_generate.ipynb #12generate013
 def stop_ids(
     model:nn.Module, # causal LM
-    tokenizer, # its EOS ends an answer
+    tokenizer, # its chat template and its EOS end an answer
 ) -> list[int]: # the token ids after which an answer is over
-    "The tokenizer's EOS, and the end tokens that the model declares."
-    declared = model.generation_config.eos_token_id
+    "The end tokens of the chat template, the tokenizer's EOS, and the end tokens that the model declares."
+    declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     declared = declared if isinstance(declared, list) else [declared]
-    return sorted({i for i in [tokenizer.eos_token_id, *declared] if i is not None})
+    return sorted({i for i in [*tokenizer.convert_tokens_to_ids(end_tokens(tokenizer)), *declared] if i is not None})
+
+def _until(ids, ends)->list[int]:
+    "Token ids up to the first that ends an answer, which is left out."
+    return ids[:next((n for n, i in enumerate(ids) if i in ends), len(ids))]
 
 # %% ../nbs/12_generate.ipynb #12generate016
 def _settings(model, tokenizer, max_new_tokens, temperature):
@@ -91,7 +95,7 @@ def generate(
             if seed is not None: torch.manual_seed(seed)
             for chunk in progress([order[i:i + batch_size] for i in range(0, len(order), batch_size)], "answering", quiet):
                 for i, ids in zip(chunk, _answer(model, [rows[i] for i in chunk], settings)):
-                    answers[i] = tokenizer.decode(ids, skip_special_tokens=True)
+                    answers[i] = tokenizer.decode(_until(ids, settings.eos_token_id), skip_special_tokens=True)
     finally: model.train(training)
     return answers
 
@@ -159,7 +163,7 @@ def stream(
             name = "cache" if hasattr(out, "cache") else "past_key_values" # as newer and older versions of transformers call it
             token, kept = draw(out.logits[0, -1], temperature, top_p, generator), {name: getattr(out, name)}
             made.append(token)
-            text = tokenizer.decode(made, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text = tokenizer.decode(_until(made, ends), skip_special_tokens=True, clean_up_tokenization_spaces=False)
             if token in ends or last == 0 or not text.endswith("\ufffd"): yield text[len(shown):]; shown = text
             if token in ends: break
             ids = torch.tensor([[token]], device=model.device)

@@ -25,6 +25,7 @@ import psutil
 import torch
 import yaml
 from peft import LoraConfig, PeftModel
+from transformers import GenerationConfig
 
 # %% ../nbs/15_train.ipynb #15train004
 from .batches import Feed, attend_documents, check_packing, row_weights, target_weight, whole
@@ -33,7 +34,7 @@ from .config import RunConfig, call_with, config_yaml, load_hook, looks_like_pat
 from .data import Again, UserError, given_conversations, held_out, load_conversations, split, stream_conversations
 from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
 from .evaluate import evaluate_loss, score_answers
-from .generate import dequantized, generate
+from .generate import dequantized, generate, stop_ids
 from .linear import fast_linears
 from .loader import cache_folder, load_model, load_tokenizer, read_config, resolve_base
 from .ladder import RUNGS, climb, in_words
@@ -807,7 +808,10 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=
     "Adapter, summary, score."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
     state = engine.gather()
-    if engine.rank == 0: save_adapter(job.model, job.tokenizer, job.run/"adapter", job.base, job.cfg.model.revision, state)
+    if engine.rank == 0:
+        save_adapter(job.model, job.tokenizer, job.run/"adapter", job.base, job.cfg.model.revision, state)
+        ends = stop_ids(job.model, job.tokenizer)
+        GenerationConfig(eos_token_id=ends, pad_token_id=job.tokenizer.pad_token_id).save_pretrained(job.run/"adapter")
     result = summarize(job, engine, progress, status, before)
     if status in ("done", "early_stop"):
         try: result = summarize(job, engine, progress, status, before, ask_last(job, engine, signals))

@@ -50,6 +50,34 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def run_like_qwen(tmp_path_factory):
+    """A run that has learned four answers, on a base whose template ends answers with <|im_end|> and whose EOS, in tokenizer and model, is <|endoftext|>."""
+    import torch
+    import yaml
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from qlora_kit.launch import run_app
+
+    folder = tmp_path_factory.mktemp("like_qwen")
+    vocab = save_tokenizer(folder/"base")
+    tokenizer = AutoTokenizer.from_pretrained(folder/"base")
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(folder/"base")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=0, pad_token_id=0, tie_word_embeddings=False)).save_pretrained(folder/"base")
+    rows = [{"instruction": q, "input": "", "output": a} for q, a in (("a?", "yes"), ("b?", "no"), ("c?", "12"), ("d?", "so"))]
+    (folder/"rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    (folder/"c.yaml").write_text(yaml.safe_dump({
+        "model": {"base_model": str(folder/"base"), "lora_r": 16, "lora_alpha": 32, "lora_dropout": 0},
+        "data": {"train_file": "rows.json", "validation_split": 0, "score": "exact_match", "score_file": "rows.json"},
+        "training": {"num_epochs": 60, "batch_size": 4, "learning_rate": 0.02, "max_length": 96, "output_dir": str(folder/"run")}}), encoding="utf-8")
+    assert run_app(["train", str(folder/"c.yaml")]) == 0
+    return folder
+
+
 def write_rows(path, n=24):
     """Alpaca rows with answers of unequal lengths."""
     rows = [{"instruction": f"Count to {i % 7 + 1}.", "input": "", "output": " ".join(str(j + 1) for j in range(i % 7 + 1))} for i in range(n)]

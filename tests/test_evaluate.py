@@ -142,3 +142,27 @@ def test_other_rows_for_adapters_and_bases(run, tiny_llama, capsys):
     assert run_app(["evaluate", str(tiny_llama)]) == 2 and run_app(["evaluate", str(run/"run"), "--data", "nowhere.json"]) == 2
     err = capsys.readouterr().err
     assert "no held-out rows; give some with --data" in err and "nowhere.json" in err and "Traceback" not in err
+
+
+def test_an_answer_stops_where_its_template_ends_it(run_like_qwen, capsys):
+    """The base's EOS is another token; training, evaluate, generate and chat stop at the one learned, also where no tokenizer lies beside the adapter."""
+    import shutil
+
+    run, rows = run_like_qwen/"run", str(run_like_qwen/"rows.json")
+    assert json.loads((run/"summary.json").read_text())["score_after"] == 1
+    foreign = run_like_qwen/"foreign"
+    shutil.copytree(run/"adapter", foreign)
+    for file in [*foreign.glob("*token*"), *foreign.glob("*.jinja"), foreign/"generation_config.json"]: file.unlink()
+    for target in (run, run/"adapter", foreign):
+        assert run_app(["evaluate", str(target), "--data", rows, "--json"]) == 0
+        report = json.loads(capsys.readouterr().out)
+        assert (report["exact_match"], report["answers"]) == (1, ["yes", "no", "12", "so"])
+        assert run_app(["generate", str(target), "c?"]) == 0 and capsys.readouterr().out == "12\n"
+
+
+def test_a_talk_stops_where_the_template_ends_an_answer(run_like_qwen, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setattr(sys, "stdin", StringIO("a?\n/reset\nb?\n"))
+    assert run_app(["chat", str(run_like_qwen/"run"), "--max-new-tokens", "20"]) == 0
+    assert capsys.readouterr().out == "yes\nno\n"

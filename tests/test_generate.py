@@ -50,7 +50,8 @@ def alone(model, tokenizer, messages, n):
     ids = tokenizer(messages[0]["content"] + " a:", return_tensors="pt").input_ids
     T = ids.shape[1]
     while ids.shape[1] < T + n and ids[0, -1] not in stop_ids(model, tokenizer): ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-    return tokenizer.decode(ids[0, T:], skip_special_tokens=True)
+    said = ids[0, T:-1] if ids[0, -1] in stop_ids(model, tokenizer) else ids[0, T:]
+    return tokenizer.decode(said, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -69,7 +70,23 @@ def test_stops_at_declared_end_tokens(tokenizer):
     plain = generate(model, tokenizer, conversations, max_new_tokens=8)
     end = plain[0].split()[2]
     model.generation_config.eos_token_id = [0, tokenizer.convert_tokens_to_ids(end)]
-    assert generate(model, tokenizer, conversations, max_new_tokens=8)[0].split() == plain[0].split()[:plain[0].split().index(end) + 1]
+    assert generate(model, tokenizer, conversations, max_new_tokens=8)[0].split() == plain[0].split()[:plain[0].split().index(end)]
+    assert "".join(stream(model, tokenizer, conversations[0], max_new_tokens=8)).split() == plain[0].split()[:plain[0].split().index(end)]
+
+
+def test_stops_at_the_end_that_the_template_writes(tokenizer):
+    """EOS is another token, and the model declares none: an answer ends with what ends answers in training."""
+    from copy import deepcopy
+
+    model, conversations = make("llama"), ask(3, 9)
+    model.generation_config.eos_token_id = None
+    plain = generate(model, tokenizer, conversations, max_new_tokens=8)
+    own, end = deepcopy(tokenizer), plain[0].split()[2]
+    own.add_special_tokens({"additional_special_tokens": [end]})
+    own.chat_template = "{% for m in messages %}{{ m['content'] }} {{ '" + end + " ' if m['role'] == 'assistant' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+    assert stop_ids(model, own) == [0, tokenizer.convert_tokens_to_ids(end)] and stop_ids(model, tokenizer) == [0]
+    said = plain[0].split()[:plain[0].split().index(end)]
+    assert generate(model, own, conversations, max_new_tokens=8)[0].split() == "".join(stream(model, own, conversations[0], max_new_tokens=8)).split() == said
 
 
 def test_the_models_own_settings_do_not_leak_in(tokenizer, caplog, recwarn):

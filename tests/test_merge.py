@@ -271,3 +271,20 @@ print(m.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist())
     tokenizer = load_tokenizer(adapter)
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
     assert json.loads(r.stdout.splitlines()[-1]) == model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def test_a_merged_model_stops_where_its_template_ends_an_answer(run_like_qwen, tmp_path):
+    """The base waits for <|endoftext|>, the rows ended in <|im_end|>: transformers alone stops there, and PEFT alone with the settings beside the adapter."""
+    from transformers import GenerationConfig
+
+    run, merged = run_like_qwen/"run", merge(run_like_qwen/"run", tmp_path/"out", dtype="float32")
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert json.loads((merged/"generation_config.json").read_text())["eos_token_id"] == [0, end] and tokenizer.eos_token_id == 0
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = lambda model: tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1]:])
+    assert answer(plain(merged)) == "yes<|im_end|>"
+    for model in (PeftModel.from_pretrained(plain(run_like_qwen/"base"), run/"adapter"), plain(run/"adapter")):
+        assert answer(model).startswith("yes<|im_end|>") and len(answer(model)) > len("yes<|im_end|>")
+        model.generation_config = GenerationConfig.from_pretrained(run/"adapter")
+        assert answer(model) == "yes<|im_end|>"

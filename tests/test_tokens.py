@@ -7,7 +7,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from qlora_kit.data import Conversation, UserError
-from qlora_kit.tokens import TEMPLATES, ExampleFile, encode, encode_all, encode_stream, encode_turns, ensure_template, prompt_ids, show_targets, target_text
+from qlora_kit.tokens import (TEMPLATES, ExampleFile, encode, encode_all, encode_stream, encode_turns, end_tokens, ensure_template, prompt_ids, show_targets,
+                              target_text)
 
 CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -104,6 +105,8 @@ def test_views_show_every_character_once():
 FILES = Path(__file__).parent/"data/templates"
 SPECIAL = {"qwen2_5": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "mistral_nemo": ["[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"],
            "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"]}
+SPECIAL |= {"gptoss": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"], "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"],
+            "glm4moe": ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"]}
 SPECIAL |= {"qwen3": SPECIAL["qwen2_5"], "qwen2_5_training": SPECIAL["qwen2_5"], "chatml": SPECIAL["qwen2_5"]}
 BOS = {"mistral_nemo": "<s>", "llama3": "<|begin_of_text|>", "gemma": "<bos>"}
 EOS = {"mistral_nemo": "</s>", "llama3": "<|eot_id|>", "gemma": "</s>"}
@@ -269,3 +272,92 @@ def test_a_prompt_that_opens_answers_in_its_own_way_is_the_one_learned_from():
     (one,) = encode_turns(tok, Conversation(TWO[:2], "f"))
     assert marked(tok, one) == "<|im_start|>user\nCapital of France?<|im_end|>\n<|im_start|>reply   \n«Paris.<|im_end|>»"
     assert one.ids[:one.targets.index(True)] == prompt_ids(tok, TWO[:1])
+
+
+# ---- the token that ends an answer: the one learned is the one that stops
+
+def last_learned(tok, messages, tools=None):
+    example = encode_turns(tok, Conversation(messages, "f", tools=tools))[-1]
+    return tok.convert_ids_to_tokens([i for i, t in zip(example.ids, example.targets) if t][-1])
+
+
+@pytest.mark.parametrize("name, eos, words, call, all_ends", [
+    ("qwen2_5", "<|endoftext|>", "<|im_end|>", "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]), # as Qwen's base models
+    ("qwen2_5", "<|im_end|>", "<|im_end|>", "<|im_end|>", ["<|im_end|>"]),
+    ("qwen3", "<|endoftext|>", "<|im_end|>", "<|im_end|>", ["<|im_end|>", "<|endoftext|>"]),
+    ("chatml", "<|endoftext|>", "<|im_end|>", None, ["<|im_end|>", "<|endoftext|>"]),
+    ("llama3", "</s>", "<|eot_id|>", None, ["<|eot_id|>", "</s>"]),
+    ("gemma", "</s>", "<end_of_turn>", None, ["<end_of_turn>", "</s>"]),
+    ("mistral_nemo", "</s>", "</s>", "</s>", ["</s>"]),
+    ("phi3", "<|endoftext|>", "<|end|>", None, ["<|end|>", "<|endoftext|>"]), # writes EOS behind everything as well
+    ("gptoss", "<|return|>", "<|return|>", "<|call|>", ["<|return|>", "<|call|>"]), # <|end|> ends a thought, and earlier answers
+    ("glm4moe", "<|endoftext|>", "<|endoftext|>", "<|endoftext|>", ["<|endoftext|>"])]) # leaves answers open
+def test_what_is_learned_last_is_what_stops(name, eos, words, call, all_ends):
+    tok = family(name)
+    tok.eos_token = eos
+    assert end_tokens(tok) == all_ends
+    assert last_learned(tok, TWO) == last_learned(tok, TWO[:2]) == words
+    if call: assert last_learned(tok, USED[:2], SCHEMA) == call
+
+
+def test_gpt_oss_ends_earlier_answers_otherwise_and_each_is_learned_as_the_last():
+    tok = family("gptoss")
+    tok.eos_token = "<|return|>"
+    first, second = encode_turns(tok, Conversation(TWO, "f"))
+    assert marked(tok, first).endswith("<|start|>assistant«<|channel|>final<|message|>Paris.<|return|>»")
+    assert "Paris.<|end|><|start|>user" in marked(tok, second) and marked(tok, second).endswith("<|start|>assistant«<|channel|>final<|message|>Rome.<|return|>»")
+    assert second.ids[:second.targets.index(True)] == prompt_ids(tok, TWO[:3])
+
+
+def test_a_call_is_learned_to_its_last_argument():
+    for name, eos, whole in (("gptoss", "<|return|>", '« to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>»'),
+                             ("glm4moe", "<|endoftext|>", "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n</tool_call><|endoftext|>»")):
+        tok = family(name)
+        tok.eos_token = eos
+        assert whole in marked(tok, encode_turns(tok, Conversation(USED[:2], "f", tools=SCHEMA))[0])
+
+
+def test_an_answer_whose_prompt_opens_a_thought_closes_it():
+    thinks = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content or '' }}"
+              "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|im_end|>\n{% endfor %}"
+              "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+    tok = tokenizer(thinks)
+    say, call = (encode_turns(tok, Conversation(m, "f"))[0] for m in (TWO[:2], USED[:2]))
+    assert marked(tok, say).endswith("assistant\n<think>\n«</think>Paris.<|im_end|>»")
+    assert marked(tok, call).endswith('assistant\n<think>\n«</think><tool_call>weather {"city": "Oslo"}</tool_call><|im_end|>»')
+
+
+TURN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END{% endfor %}"
+@pytest.mark.parametrize("template, ends", [
+    (TURN.replace("END", "\n") + "<|im_start|>assistant\n", []), # always opens the next turn
+    ("{% for m in messages %}{{ '<|im_end|>' if m.role == 'assistant' else '<|im_start|>' }}{{ m.content }}\n{% endfor %}<|im_end|>", []),
+    (TURN.replace("END", "\n### "), []), # plain text
+    (TURN.replace("END", "###<|im_end|>\n"), ["<|im_end|>"]),
+    ("{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}", ["<|im_end|>"]), # the same end for questions, and no heading
+    ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.reasoning_content ~ '<|im_end|>' if m.reasoning_content else '' }}{{ m.content }}<|im_end|>{% endfor %}", []), # ends thoughts, too
+    (TURN.replace("END", "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}<|im_end|>{% endfor %}"), [])]) # stands between calls, too
+def test_what_opens_a_turn_or_stands_within_an_answer_ends_none(template, ends):
+    tok = tokenizer(template)
+    assert end_tokens(tok) == [*ends, "</s>"]
+    assert last_learned(tok, TWO) == [*ends, "</s>"][0]
+
+
+def test_an_end_that_is_no_special_token_counts_where_it_follows_at_once():
+    tok = tokenizer(CHATML.replace("<|im_end|>", "<stop>"))
+    tok.add_tokens([AddedToken("<stop>", special=False)])
+    assert end_tokens(tok) == ["<stop>", "</s>"] and last_learned(tok, TWO) == "<stop>"
+
+
+def test_a_tokenizer_without_eos_takes_the_end_of_its_template_or_says_what_a_config_can_do():
+    def without(template, tok=None):
+        tok = tok or tokenizer(CHATML)
+        tok.eos_token, tok.pad_token, tok.chat_template = None, None, template
+        return tok
+    own = ensure_template(without(CHATML))
+    assert own.eos_token == own.pad_token == "<|im_end|>" and last_learned(own, TWO) == "<|im_end|>"
+    assert ensure_template(without(None), "chatml").eos_token == "<|im_end|>"
+    for template in (None, OPEN):
+        with pytest.raises(UserError, match="received no EOS token.*set data.template to chatml$"): ensure_template(without(template))
+    with pytest.raises(UserError, match="set data.template to chatml$"): ensure_template(without(CHATML), "headings")
+    bare = Tokenizer(models.BPE())
+    with pytest.raises(UserError, match='add "eos_token" to tokenizer_config.json'): ensure_template(PreTrainedTokenizerFast(tokenizer_object=bare))
