@@ -407,11 +407,12 @@ def start(
     *overrides:str, # settings for this run only, e.g. "training.max_steps=20"
     resume=None, # a run folder to go on with
     deepspeed=None, # DeepSpeed JSON file of the run
+    trust_hooks:bool=False, # run functions that a config of elsewhere names
     **options, # timeout, torchrun, port: as for `launch`
 ) -> Launched: # for `watch`; `.run` is its folder, once it is chosen
     "Start a run that outlives this kernel, and return at once."
-    load_config(config, overrides)
-    words = [*overrides, *(("--deepspeed", str(deepspeed)) if deepspeed else ()), *(("--resume", str(resume)) if resume else ())]
+    load_config(config, overrides, trust_hooks)
+    words = [*overrides, *(("--deepspeed", str(deepspeed)) if deepspeed else ()), *(("--resume", str(resume)) if resume else ()), *["--trust-hooks"]*trust_hooks]
     run = launch(config, ranks, words, output=True, **options)
     threading.Thread(target=run.wait, daemon=True, name="tend a launch").start()
     return run

@@ -124,7 +124,12 @@ def row_reader(d, base:Path, say)->callable: # d: the data section; path → con
     options = dict(system_prompt=d.system_prompt, format=d.format, fields=d.fields, say=say)
     if not d.load_dataset: return partial(stream_conversations if d.streaming else load_conversations, **options)
     hook = load_hook(d.load_dataset, base, "data.load_dataset")
-    stream = lambda path: given_conversations(hook(path), d.load_dataset, **options)
+    def items(given): # a generator goes wrong only while it is read
+        with hook.errors(): yield from given
+    def stream(path):
+        given = hook(path)
+        rows = None if given is None else items(given)
+        return given_conversations(rows, d.load_dataset, **options)
     return stream if d.streaming else lambda path: list(stream(path))
 
 # %% ../nbs/15_train.ipynb #15train021

@@ -271,7 +271,7 @@ def test_streamed_examples_are_the_others(tiny_config, monkeypatch, tmp_path):
     from qlora_kit.train import load_examples
 
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path/"cache"))
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path/"my_rows.py").write_text("from qlora_kit.data import load_rows\ndef read(path): yield from load_rows(path)")
     changes = dict(data__train_file=str(GSM8K/"train.jsonl"), data__validation_file=str(GSM8K/"validation.jsonl"), data__fields=QA, training__max_length=512)
     def examples(**more):
@@ -295,7 +295,7 @@ def test_a_streamed_run_is_the_other_run_and_create_model_gets_what_it_names(tin
     from qlora_kit.train import train
 
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path/"cache"))
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path/"my_model.py").write_text(
         "from qlora_kit.lora import add_lora\nfrom qlora_kit.loader import load_model\n"
         "def create_model(base_model_name, lora_config, *, folder, dtype, device, quant_type):\n"

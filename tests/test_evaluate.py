@@ -166,3 +166,28 @@ def test_a_talk_stops_where_the_template_ends_an_answer(run_like_qwen, capsys, m
     monkeypatch.setattr(sys, "stdin", StringIO("a?\n/reset\nb?\n"))
     assert run_app(["chat", str(run_like_qwen/"run"), "--max-new-tokens", "20"]) == 0
     assert capsys.readouterr().out == "yes\nno\n"
+
+
+def test_a_function_that_read_the_rows_reads_them_again_when_it_is_trusted(run, capsys, monkeypatch):
+    """A run does not keep the function; the project where one works has it."""
+    (run/"utils_of_evaluation.py").write_text("from qlora_kit.data import load_rows\ndef read(path):\n    for row in load_rows(path): yield {'instruction': row['instruction'].upper(), 'output': row['output']}\n")
+    monkeypatch.chdir(run)
+    assert run_app(["train", "c.yaml", "data.load_dataset=utils_of_evaluation.read", "training.output_dir=hooked"]) == 0
+    expected = json.loads((run/"hooked/summary.json").read_text())["best_val_loss"]
+    capsys.readouterr()
+    assert run_app(["evaluate", "hooked"]) == 2
+    err = capsys.readouterr().err
+    assert "config.yaml names data.load_dataset: utils_of_evaluation.read" in err and f"--trust-hooks runs read of {run/'utils_of_evaluation.py'}" in err
+    assert run_app(["evaluate", "hooked", "--trust-hooks", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["loss"] == pytest.approx(expected, rel=1e-5) and "--trust-hooks: data.load_dataset runs read of utils_of_evaluation.py" in err
+    losses = []
+    for words in ([], ["--trust-hooks"]):  # other rows: by the kit, or by the function
+        assert run_app(["evaluate", "hooked", "--data", "more.json", "--loss-only", "--json", *words]) == 0
+        out, err = capsys.readouterr()
+        losses.append(json.loads(out)["loss"])
+        assert ("read without utils_of_evaluation.read" in err) == (not words)
+    assert losses[0] != losses[1]
+    monkeypatch.chdir("/")
+    assert run_app(["evaluate", str(run/"hooked"), "--trust-hooks"]) == 2
+    assert "there is no utils_of_evaluation.py in /" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """A scaffolded project, used as a person would use it."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,119 @@ def test_sigterm_saves_and_the_run_goes_on(project):
 def test_hooks_of_the_project_are_used(project):
     r = call("python", "scripts/train.py", "training.max_steps=1", "data.score=none", "data.load_dataset=utils.data_utils.load_custom_dataset",
              "model.create_model=models.create_model", cwd=project, check=0)
-    assert "adapter" in r.stdout
+    assert "adapter" in r.stdout and "--trust-hooks" not in r.stderr
+
+
+HOSTILE = Path(__file__).parent / "data/hostile_run"
+
+
+@pytest.fixture
+def hostile(tmp_path, monkeypatch, tiny_llama):
+    """A stranger's run folder below the folder where one works; a canary appears if anything of it is imported or called."""
+    import yaml
+
+    shutil.copytree(HOSTILE, tmp_path / "hostile")
+    for name in ("model.safetensors", "tokenizer.json"): shutil.copyfile(tiny_llama / name, tmp_path / "hostile/adapter" / name)
+    from conftest import write_rows
+
+    write_rows(tmp_path / "rows.json")
+    (tmp_path / "mine_to_be_named.py").write_text("import os\nopen(os.environ['CANARY'], 'a').close()\ndef load(path): return []")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CANARY", str(tmp_path / "CANARY"))
+
+    def write(**changes):
+        values = yaml.safe_load((HOSTILE / "config.yaml").read_text())
+        for key, value in changes.items():
+            section, name = key.split("__")
+            values[section][name] = value
+        (tmp_path / "hostile/config.yaml").write_text(yaml.safe_dump(values))
+        return tmp_path / "hostile"
+
+    return write
+
+
+NAMES = ["os.system", "subprocess:run", "builtins.exec", "reader.load", "reader:load", "hostile.reader.load", "yaml.load", "typing.load", "..reader.load", "{folder}/reader.load", "__init__.load",
+         "reader.__builtins__", "mine_to_be_named.load"]
+READERS = [["evaluate", "hostile"], ["evaluate", "hostile/adapter"], ["inspect", "hostile/config.yaml"], ["train", "hostile/config.yaml"], ["train", "hostile/config.yaml", "--resume", "hostile"],
+           ["launch", "hostile/config.yaml", "--ranks", "2"]]
+
+
+@pytest.mark.parametrize("words", READERS, ids=lambda words: " ".join(words))
+def test_a_strangers_run_runs_nothing(hostile, words, tmp_path, monkeypatch, capsys):
+    """Whatever function its config names, of Python, of the folder itself or of the project where one works: one line, exit code 2."""
+    from qlora_kit import launch as module
+
+    monkeypatch.setattr(module, "Popen", lambda *a, **k: pytest.fail("started"))
+    for name in NAMES:
+        for field in ("data__load_dataset", "model__create_model") if words[0] != "evaluate" else ("data__load_dataset",):
+            hostile(**{"data__load_dataset": None, "model__create_model": None, field: name.format(folder=tmp_path / "hostile")})
+            assert run_app(words) == 2, (name, field)
+            err = capsys.readouterr().err
+            assert len(err.strip().splitlines()) == 1 and "--trust-hooks" in err and name.format(folder=tmp_path / "hostile") in err and "hostile/config.yaml" in err, err
+            assert name != "mine_to_be_named.load" or str(tmp_path / "mine_to_be_named.py") in err
+            assert not (tmp_path / "CANARY").exists() and not (tmp_path / "runs").exists(), (name, field)
+
+
+@pytest.mark.parametrize("words", [["generate", "hostile", "a"], ["generate", "hostile/adapter", "a"], ["generate", "{base}", "a"], ["chat", "hostile"], ["merge", "hostile", "out"], ["evaluate", "hostile", "--data", "rows.json"],
+                                   ["plan", "hostile/config.yaml"]], ids=lambda words: " ".join(words))
+def test_nor_do_an_adapters_settings_and_a_bases_code(hostile, words, tmp_path, capsys, tiny_llama):
+    """`auto_map` of config and tokenizer, `auto_mapping` and `megatron_core` of the adapter name modules of the folder."""
+    folder = hostile(model__base_model=str(tmp_path / "hostile/adapter"))
+    if words[0] != "plan":
+        assert run_app([w.format(base=folder / "adapter") for w in words]) == 2
+    else:
+        assert run_app(words) == 2
+    hostile(model__base_model=str(tiny_llama))  # a proper base: the adapter's settings are reached
+    shutil.copyfile(tiny_llama / "config.json", folder / "adapter/config.json")
+    code = run_app([w.format(base=folder / "adapter") for w in words])
+    assert code == (0 if words[0] == "plan" else 2)
+    err = capsys.readouterr().err
+    assert "Traceback" not in err and not (tmp_path / "CANARY").exists()
+
+
+def test_a_config_of_elsewhere_runs_functions_when_they_are_trusted(project, tmp_path, capsys, monkeypatch):
+    """The whole project of another, named from outside of it."""
+    words = ["inspect", str(project / "configs/trusted.yaml"), "--rows", "1"]
+    (project / "configs/trusted.yaml").write_text((project / "configs/train_config.yaml").read_text().replace("data:", "data:\n  load_dataset: readers_for_inspect.load\n"))
+    (project / "readers_for_inspect.py").write_text("from utils.data_utils import load_custom_dataset as load")
+    monkeypatch.chdir(tmp_path)
+    assert run_app(words) == 2 and "--trust-hooks runs load of" in capsys.readouterr().err
+    assert run_app([*words, "--trust-hooks"]) == 0
+    assert capsys.readouterr().err.startswith(f"--trust-hooks: data.load_dataset runs load of {project / 'readers_for_inspect.py'}\n")
+    monkeypatch.chdir(project)
+    assert run_app(["inspect", "configs/trusted.yaml", "--rows", "1"]) == 0 and "--trust-hooks" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["load", "create"])
+def test_a_function_that_ends_the_process_is_no_success(project, how):
+    (project / "leaving.py").write_text("import sys\ndef load(path):\n    yield {'instruction': 'a', 'output': 'b'}\n    sys.exit(0)\ndef create(*args): sys.exit(0)")
+    field = {"load": "data.load_dataset", "create": "model.create_model"}[how]
+    r = call("qlora-kit", "train", "configs/train_config.yaml", "data.score=none", "training.output_dir=runs/left", f"{field}=leaving.{how}", cwd=project, check=2)
+    assert r.stderr.strip().splitlines()[-1].startswith(f"{field}: leaving.{how} ended with SystemExit: 0 ({project / 'leaving.py'}:") and "Traceback" not in r.stderr
+    assert not (project / "runs/left").exists()
+
+
+def test_whatever_ends_the_process_is_no_success(monkeypatch, capsys):
+    from qlora_kit import launch as module
+
+    monkeypatch.setattr(module, "recipe_names", lambda: sys.exit(0))
+    assert run_app(["recipe"]) == 1 and "sys.exit(0)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_ranks_import_nothing_of_the_folder_where_one_works(tmp_path, monkeypatch, torchrun):
+    """The true launchers start `python -m`, which puts that folder first. The config is missing, so the ranks get as far as their own imports."""
+    from qlora_kit.launch import launch
+
+    for name in ("typing", "argparse", "json", "yaml", "typer", "psutil", "torch", "numpy"): shutil.copyfile(HOSTILE / "yaml.py", tmp_path / f"{name}.py")
+    for name in ("qlora_kit", "deepspeed", "transformers"):
+        (tmp_path / name).mkdir()
+        shutil.copyfile(HOSTILE / "yaml.py", tmp_path / name / "__init__.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CANARY", str(tmp_path / "CANARY"))
+    run = launch("no_such.yaml", 2, output=True, torchrun=torchrun)
+    assert run.wait() == 2, run.word("output")
+    assert "no_such.yaml" in run.word("output") and not (tmp_path / "CANARY").exists(), run.word("output")
 
 
 @pytest.mark.parametrize("words, expected", [

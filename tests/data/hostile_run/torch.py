@@ -1,0 +1,3 @@
+import os
+
+open(os.environ.get("CANARY", "canary"), "a").close()  # planted under the name of a library
