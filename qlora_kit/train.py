@@ -813,8 +813,11 @@ def finish(job:Job, engine, progress:Progress, status:str, before, log, signals=
     "Adapter, summary, score."
     if status == "early_stop": restore(job, engine, job.run/f"checkpoints/step-{progress.best_step:06d}")
     state = engine.gather()
+    c = job.cfg
+    name = None if Path(c.model.base_model).is_dir() else c.model.base_model # a folder stands in adapter_config.json
+    record = dict(base_model=name, system_prompt=c.data.system_prompt, max_length=c.training.max_length, loss_on=c.data.loss_on)
     if engine.rank == 0:
-        save_adapter(job.model, job.tokenizer, job.run/"adapter", job.base, job.cfg.model.revision, state)
+        save_adapter(job.model, job.tokenizer, job.run/"adapter", job.base, c.model.revision, state, record=record)
         ends = stop_ids(job.model, job.tokenizer)
         GenerationConfig(eos_token_id=ends, pad_token_id=job.tokenizer.pad_token_id).save_pretrained(job.run/"adapter")
     result = summarize(job, engine, progress, status, before)

@@ -1,6 +1,10 @@
 import json
+import re
+import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from qlora_kit.data import UserError
 from qlora_kit.launch import run_app
 from qlora_kit.loader import Tensors, load_model, load_tokenizer
 from qlora_kit.lora import add_lora, load_adapter, lora_parameters, residual_base, save_adapter
-from qlora_kit.merge import Trained, find_trained, merge, read_adapter
+from qlora_kit.merge import Trained, Unrecorded, find_trained, merge, read_adapter
 
 IDS = torch.arange(3, 43).reshape(2, 20)
 
@@ -207,7 +211,7 @@ def test_an_update_of_a_tied_head_is_refused(tiny_gpt2, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
     edit(tmp_path / "adapter", base_model_name_or_path=str(tiny_gpt2))
     tensors(tmp_path / "adapter", lambda t: {k: x for k, x in t.items() if "lora_" in k})
-    with pytest.raises(UserError, match="lm_head shares its tensor with the input embedding"): merge(tmp_path / "adapter", tmp_path / "out")
+    with pytest.raises(UserError, match="lm_head shares its tensor with the input embedding"): merge(tmp_path / "adapter", tmp_path / "out", onto="original")
 
 
 def test_choices_out_of_range(tiny_llama, train, tmp_path):
@@ -249,6 +253,233 @@ def test_updates_of_foreign_adapters_follow_pefts_scale(tiny_llama, tmp_path):
     assert updates.keys() == layers.keys() and len({u.scale for u in updates.values()}) == 3
     for name, update in updates.items():
         torch.testing.assert_close(update.add(torch.zeros(layers[name].out_features, layers[name].in_features)), layers[name].get_delta_weight("default"))
+
+
+# ---- files that disagree: one check for all that read adapters
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+
+def spoiled(number):
+    def change(t):
+        t[f"{Q}B.weight"][3, 1] = number
+        return t
+    return change
+
+
+DAMAGED = {
+    "r of another adapter": (lambda a: edit(a, r=8), "gives model.layers.0.mlp.down_proj the rank 8, its tensors have 4; take both files"),
+    "a pattern of another adapter": (lambda a: edit(a, rank_pattern={"q_proj": 2}), "gives model.layers.0.self_attn.q_proj the rank 2, its tensors have 4"),
+    "r in words": (lambda a: edit(a, r="4"), "r is '4'; allowed are whole numbers from 1"),
+    "alpha nan": (lambda a: edit(a, lora_alpha=float("nan")), "lora_alpha is nan; allowed are finite numbers"),
+    "alpha of a layer": (lambda a: edit(a, alpha_pattern={"q_proj": None}), "lora_alpha of q_proj is None; allowed are finite numbers"),
+    "no pattern": (lambda a: edit(a, rank_pattern={"q_proj(": 4}), "'q_proj\\(' in the pattern of r is no regular expression"),
+    "nan": (lambda a: tensors(a, spoiled(float("nan"))), f"{Q}B.weight holds 1 numbers that are infinite or none"),
+    "infinite": (lambda a: tensors(a, spoiled(float("-inf"))), f"{Q}B.weight holds 1 numbers that are infinite or none"),
+    "whole numbers": (lambda a: tensors(a, lambda t: t | {f"{Q}A.weight": t[f"{Q}A.weight"].to(torch.int8)}), f"{Q}A.weight is torch.int8; allowed are float32"),
+    "a lone A": (lambda a: tensors(a, lambda t: {k: x for k, x in t.items() if k != f"{Q}B.weight"}), "model.layers.0.self_attn.q_proj lacks its lora_B"),
+    "a lone B": (lambda a: tensors(a, lambda t: {k: x for k, x in t.items() if k != f"{Q}A.weight"}), "model.layers.0.self_attn.q_proj lacks its lora_A"),
+    "B turned": (lambda a: tensors(a, lambda t: t | {f"{Q}B.weight": t[f"{Q}B.weight"].T.contiguous()}), "the rank 4, its tensors have 4 and 64"),
+    "an empty shell": (lambda a: tensors(a, lambda t: t | {f"{Q}A.weight": torch.zeros(0)}), "has A \\[0\\], B \\[64, 4\\]; expected A \\[r, in\\]"),
+    "a weight of the base": (lambda a: tensors(a, lambda t: t | {"base_model.model.model.norm.weight": torch.zeros(64)}), "model.norm.weight is no update, and adapter_config.json does not name it"),
+    "dora without lengths": (lambda a: edit(a, use_dora=True), "lacks its lora_magnitude_vector"),
+    "lengths without dora": (lambda a: tensors(a, lambda t: t | {f"{Q}magnitude_vector": torch.ones(64)}), "has DoRA's lengths, and adapter_config.json says that use_dora is false"),
+    "another type": (lambda a: edit(a, peft_type="IA3"), "an adapter of type IA3; LORA"),
+    "PiSSA in memory": (lambda a: edit(a, init_lora_weights="pissa_niter_4"), "started as pissa_niter_4"),
+    "half a JSON": (lambda a: (a / "adapter_config.json").write_text('{"peft_type": "LORA", "r":'), "adapter_config.json is damaged"),
+    "a list": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds a list; expected a JSON object"),
+    "a damaged record": (lambda a: (a / "qlora_kit.json").write_text("nf4"), "qlora_kit.json is damaged"),
+    "a cut file": (lambda a: (a / "adapter_model.safetensors").write_bytes((a / "adapter_model.safetensors").read_bytes()[:-9]), "cannot be read as tensors"),
+    "no tensors": (lambda a: (a / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
+    "a pickle that runs": (lambda a: ((a / "adapter_model.safetensors").unlink(), torch.save({"x": pytest.raises}, a / "adapter_model.bin")), "adapter_model.bin: cannot be read as tensors"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_every_reader_refuses_a_damaged_adapter_with_the_same_line(tiny_llama, train, tmp_path, capsys, kind):
+    _, adapter = train(tiny_llama)
+    change, words = DAMAGED[kind]
+    change(adapter)
+    for words_of_command in (["merge", str(adapter), str(tmp_path / "out")], ["generate", str(adapter), "hi"], ["evaluate", str(adapter), "--data", __file__]):
+        if kind != "a damaged record" and words_of_command[0] == "evaluate": continue
+        assert run_app(words_of_command) == 2
+        err = capsys.readouterr().err
+        assert re.search(words, err) and len(err.splitlines()) == 1, err
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    if kind == "a damaged record": return
+    with pytest.raises(UserError, match=words): load_adapter(load_model(tiny_llama), adapter)
+
+
+def test_an_update_that_is_not_in_the_file_or_has_no_place(tiny_llama, train, tmp_path):
+    _, adapter = train(tiny_llama)
+    whole = load_file(adapter / "adapter_model.safetensors")
+    tensors(adapter, lambda t: {k: x for k, x in t.items() if "0.self_attn.q_proj" not in k})
+    with pytest.raises(UserError, match="no update of model.layers.0.self_attn.q_proj, which adapter_config.json names"): merge(adapter, tmp_path / "out")
+    with pytest.raises(UserError, match="does not fit this LlamaForCausalLM"): load_adapter(load_model(tiny_llama), adapter)
+    tensors(adapter, lambda t: whole | {k.replace("layers.0", "layers.7"): x.clone() for k, x in whole.items() if "layers.0" in k})
+    with pytest.raises(UserError, match="layers.7.* is no linear of this base"): merge(adapter, tmp_path / "out")
+    with pytest.raises(UserError, match=r"no place for base_model.model.model.layers.7.\w+.\w+.lora_A.weight"): load_adapter(load_model(tiny_llama), adapter)
+
+
+# ---- adapters that PEFT alone has written
+
+FOREIGN = {
+    "plain": {}, "patterns": dict(rank_pattern={"layers.1.*down_proj": 9, "q_proj": 2}, alpha_pattern={"q_proj": 2.5}), "rslora": dict(use_rslora=True, rank_pattern={"q_proj": 9}),
+    "dora": dict(use_dora=True), "one layer": dict(layers_to_transform=[1]), "regex": dict(target_modules=r".*\.(q|down)_proj"), "all-linear": dict(target_modules="all-linear"),
+    "without one": dict(target_modules="all-linear", exclude_modules=["up_proj"]), "head": dict(target_modules=["lm_head", "q_proj"]),
+    "its own bias": dict(lora_bias=True), "a whole module": dict(modules_to_save=["norm"]), "embedding": dict(target_modules=["embed_tokens", "q_proj"])}
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """An adapter by PEFT, on a plain base in fp32, and the model that it is on."""
+    def make(base, safe=True, name="foreign", **settings):
+        torch.manual_seed(2)
+        settings = dict(task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False) | settings
+        with warnings.catch_warnings(action="ignore"):
+            model = get_peft_model(plain(base), LoraConfig(**settings)).eval()
+            with torch.no_grad():
+                for key, p in model.named_parameters():
+                    if p.requires_grad and "lora_" not in key: p += torch.randn_like(p) * 0.05
+            model.save_pretrained(tmp_path / name, safe_serialization=safe)
+        edit(tmp_path / name, base_model_name_or_path=str(base))
+        return model, tmp_path / name
+
+    return make
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("safe", [True, False], ids=["safetensors", "bin"])
+def test_foreign_adapters_load_and_merge_as_peft_has_them(tiny_llama, foreign, tmp_path, kind, safe):
+    model, adapter = foreign(tiny_llama, safe, **FOREIGN[kind])
+    assert (adapter / "adapter_model.bin").exists() != safe
+    with warnings.catch_warnings(action="ignore"): assert torch.equal(logits(load_adapter(load_model(tiny_llama, "none"), adapter)), logits(model))
+    if kind in ("its own bias", "a whole module", "embedding", "head"): # more than updates: the head comes with its base weights
+        with pytest.raises(UserError, match="no low-rank update of a linear"): merge(adapter, tmp_path / "out", onto="original")
+        return
+    merged = plain(merge(adapter, tmp_path / "out", onto="original", dtype="float32"))
+    with warnings.catch_warnings(action="ignore"): peft = PeftModel.from_pretrained(plain(tiny_llama), adapter).merge_and_unload()
+    for name, p in merged.named_parameters(): torch.testing.assert_close(p, peft.get_parameter(name), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_foreign_gpt2_and_a_head_of_its_own_merge_as_peft_has_them(tiny_gpt2, tiny_llama, foreign, tmp_path):
+    for base, settings in ((tiny_gpt2, dict(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)), (tiny_llama, dict(target_modules=["lm_head", "q_proj"]))):
+        model, adapter = foreign(base, name=f"of {base.name}", **settings)
+        if base == tiny_llama: tensors(adapter, lambda t: {k: x for k, x in t.items() if "lora_" in k})
+        merged = plain(merge(adapter, tmp_path / f"out {base.name}", onto="original", dtype="float32"))
+        with warnings.catch_warnings(action="ignore"): peft = model.merge_and_unload()
+        for name, p in merged.named_parameters(): torch.testing.assert_close(p, peft.get_parameter(name), rtol=0, atol=1e-6)
+
+
+def test_trained_biases_load_and_are_not_merged(tiny_gpt2, foreign, tmp_path):
+    model, adapter = foreign(tiny_gpt2, target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    assert torch.equal(logits(load_adapter(load_model(tiny_gpt2, "none"), adapter)), logits(model))
+    with pytest.raises(UserError, match="bias and .* more is no low-rank update of a linear"): merge(adapter, tmp_path / "out", onto="original")
+    edit(adapter, bias="none")
+    with pytest.raises(UserError, match="bias is no update, and adapter_config.json does not name it"): load_adapter(load_model(tiny_gpt2, "none"), adapter)
+
+
+def test_without_a_record_the_base_has_to_be_chosen(tiny_llama, foreign, tmp_path, capsys, monkeypatch):
+    model, adapter = foreign(tiny_llama)
+    load_tokenizer(tiny_llama).save_pretrained(adapter)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run_app(["merge", "foreign", "out"]) == 2 and not (tmp_path / "out").exists()
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and "--onto original if it was trained on the 16-bit checkpoint" in err and "--onto quantized if" in err
+    for onto in ("original", "quantized"): assert run_app(["merge", "foreign", onto, "--onto", onto, "--dtype", "float32"]) == 0
+    torch.testing.assert_close(logits(plain("original")), logits(model), rtol=1e-4, atol=1e-4)
+    wide = PeftModel.from_pretrained(load_model(tiny_llama), adapter)
+    torch.testing.assert_close(logits(plain("quantized")), logits(wide), rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert run_app(["generate", "foreign", "hi", "--max-new-tokens", "6"]) == 0
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 1 and "used on the original weights" in said.err
+    assert run_app(["generate", "foreign", "hi", "--max-new-tokens", "6", "--onto", "original"]) == 0
+    again = capsys.readouterr()
+    assert again.out == said.out and not again.err
+
+
+def test_a_base_that_exists_in_4_bits_needs_no_choice(tiny_llama, foreign, tmp_path):
+    load_model(tiny_llama, "fp4", False).save_pretrained(tmp_path / "packed")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "packed")
+    _, adapter = foreign(tiny_llama)
+    edit(adapter, base_model_name_or_path=str(tmp_path / "packed"))
+    assert find_trained(adapter) == find_trained(adapter, "quantized") == Trained(adapter, (tmp_path / "packed").resolve(), "fp4", False)
+    with pytest.raises(UserError, match="4 bits only; use quantized"): find_trained(adapter, "original")
+
+
+def test_a_config_beside_a_foreign_adapter_is_no_record(tiny_llama, foreign, tmp_path):
+    _, adapter = foreign(tiny_llama)
+    for text in ("model: llama\n", "- 1\n", "", "model: {name: x}\n"):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(Unrecorded): find_trained(adapter)
+    (tmp_path / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match="config.yaml is damaged"): find_trained(adapter)
+
+
+# ---- what a run trained with goes where its adapter goes
+
+@pytest.mark.parametrize("quant", ["nf4", "fp4", "none"])
+def test_an_adapter_copied_away_is_the_same_model(tiny_config, tmp_path, capsys, quant, tiny_llama):
+    path = tiny_config("r", model__quant_type=quant, model__double_quant=False, data__system_prompt="Be brief.", training__max_steps=3, training__learning_rate=0.05)
+    assert run_app(["train", str(path)]) == 0
+    run = tmp_path / "runs/r"
+    away, out = shutil.copytree(run / "adapter", tmp_path / "far/away"), tmp_path / "out"
+    known = json.loads((away / "qlora_kit.json").read_text())
+    assert known["quant_type"] == quant and known["system_prompt"] == "Be brief." and known["dtype"] == "float32"
+    here, there = find_trained(run), find_trained(away)
+    assert (here.quant_type, here.double_quant if quant != "none" else False, here.system_prompt) == (quant, False, "Be brief.")
+    assert replace(there, adapter=here.adapter) == here
+    expected = logits(load_adapter(load_model(tiny_llama, quant, False), away))
+    torch.testing.assert_close(logits(plain(merge(away, out, dtype="float32"))), expected, rtol=0, atol=1e-4)
+    said = []
+    for target in (run, away):
+        capsys.readouterr()
+        assert run_app(["generate", str(target), "hi", "--max-new-tokens", "8"]) == 0
+        assert run_app(["evaluate", str(target), "--data", str(tmp_path / "rows.json"), "--json", "--loss-only"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        said.append((lines[:-1], json.loads(lines[-1])["loss"]))
+    assert said[0] == said[1]
+
+
+def test_an_older_run_has_its_record_in_its_own_folder(tiny_config, tmp_path):
+    assert run_app(["train", str(tiny_config("r", model__quant_type="none", data__system_prompt="Be brief.", training__max_steps=2))]) == 0
+    run = tmp_path / "runs/r"
+    new = find_trained(run)
+    (run / "adapter/qlora_kit.json").unlink()
+    assert find_trained(run) == new and new.quant_type == "none"
+
+
+def test_a_base_that_has_moved(tiny_llama, train, tmp_path, capsys):
+    _, adapter = train(tiny_llama)
+    for name in ("/nowhere/base", None):
+        edit(adapter, base_model_name_or_path=name)
+        for command in (["merge", str(adapter), str(tmp_path / "out")], ["generate", str(adapter), "hi"]):
+            assert run_app(command) == 2
+            err = capsys.readouterr().err
+            assert len(err.splitlines()) == 1 and "name the base with --base" in err and (name or "names no base") in err
+    assert run_app(["merge", str(adapter), str(tmp_path / "out"), "--base", str(tiny_llama)]) == 0
+    assert run_app(["generate", str(adapter), "hi", "--base", str(tiny_llama), "--max-new-tokens", "4"]) == 0
+    record = json.loads((adapter / "qlora_kit.json").read_text())
+    (adapter / "qlora_kit.json").write_text(json.dumps(record | {"base_model": str(tiny_llama)})) # as the run's config named it
+    assert find_trained(adapter).base == Path(tiny_llama).resolve()
+
+
+def test_a_model_without_adapter_is_used_as_it_is_saved(tiny_llama, train, tmp_path, capsys):
+    from qlora_kit.launch import open_run
+
+    _, adapter = train(tiny_llama)
+    merged = merge(adapter, tmp_path / "merged")
+    assert torch.equal(logits(open_run(str(merged))[0]), logits(plain(merged)))
+    assert torch.equal(logits(open_run(str(merged), "quantized")[0]), logits(load_model(merged)))
+    load_model(tiny_llama, "fp4", False).save_pretrained(tmp_path / "packed")
+    load_tokenizer(tiny_llama).save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(open_run(str(tmp_path / "packed"))[0]), logits(load_model(tiny_llama, "fp4", False)))
+    assert run_app(["generate", str(merged), "hi", "--base", str(tiny_llama)]) == 2 and run_app(["generate", str(merged), "hi", "--onto", "nf4"]) == 2
+    err = capsys.readouterr().err
+    assert "leave --base out" in err and "allowed are quantized" in err
 
 
 def test_the_command_writes_what_transformers_alone_answers_with(tiny_llama, train, tmp_path, monkeypatch, capsys):
