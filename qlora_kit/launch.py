@@ -553,7 +553,7 @@ def open_run(target:str, # run folder, adapter folder, or a model
     "The model that answers."
     import torch
     from qlora_kit.loader import load_model, load_tokenizer, resolve_base
-    from qlora_kit.lora import load_adapter
+    from qlora_kit.lora import check_adapter, load_adapter
     from qlora_kit.merge import Unrecorded, choose_form, find_adapter, find_trained, saved_form
     from qlora_kit.tokens import ensure_template
     from qlora_kit.train import compute_dtype
@@ -569,6 +569,7 @@ def open_run(target:str, # run folder, adapter folder, or a model
     except Unrecorded:
         print(f"{target} does not say in which form it saw its base; it is used on the original weights, as PEFT would (--onto quantized: in NF4)", file=sys.stderr)
         t = find_trained(target, "original", base)
+    check_adapter(t.adapter) # before the base is loaded
     model = load_adapter(load_model(t.base, t.quant_type, t.double_quant, dtype=dtype, device=device), t.adapter)
     own = t.adapter if (t.adapter/"tokenizer_config.json").is_file() else t.base
     return model, ensure_template(load_tokenizer(own)), t.system_prompt

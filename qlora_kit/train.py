@@ -38,7 +38,7 @@ from .generate import dequantized, generate, stop_ids
 from .linear import fast_linears
 from .loader import cache_folder, load_model, load_tokenizer, read_config, resolve_base
 from .ladder import RUNGS, climb, in_words
-from .lora import STARTS, VARIANTS, add_lora, check_init, load_adapter, save_adapter
+from .lora import STARTS, VARIANTS, add_lora, check_adapter, check_init, load_adapter, save_adapter
 from .loss import LossModel
 from .memory import Setup, fill_card, fit_card, parse_size, rungs_of, smallest_change
 from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requests, truncate_metrics, write_state
@@ -214,6 +214,7 @@ def kits_model(cfg:RunConfig, # the run
     )->PeftModel: # quantized, frozen, with its trainable update
     "Load, quantize, inject."
     m, dtype = cfg.model, getattr(torch, compute_dtype(cfg.training.dtype, device))
+    if m.start_adapter: check_adapter(m.start_adapter) # before the base is loaded
     spread = zero and zero["zero_optimization"]["stage"] == 3 and "dora" not in m.lora_variant and not m.start_adapter # those two want whole weights
     if spread: model = load_sharded(folder, zero, m.quant_type, m.double_quant, m.quant_storage, dtype)
     else: model = load_model(folder, m.quant_type, m.double_quant, m.quant_storage, dtype, device)

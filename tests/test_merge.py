@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from conftest import write_rows
 from qlora_kit import merge as module
 from qlora_kit.data import UserError
 from qlora_kit.launch import run_app
@@ -300,14 +301,21 @@ def test_every_reader_refuses_a_damaged_adapter_with_the_same_line(tiny_llama, t
     _, adapter = train(tiny_llama)
     change, words = DAMAGED[kind]
     change(adapter)
-    for words_of_command in (["merge", str(adapter), str(tmp_path / "out")], ["generate", str(adapter), "hi"], ["evaluate", str(adapter), "--data", __file__]):
-        if kind != "a damaged record" and words_of_command[0] == "evaluate": continue
-        assert run_app(words_of_command) == 2
+    write_rows(tmp_path / "rows.json")
+    for command in (["merge", str(adapter), str(tmp_path / "out")], ["generate", str(adapter), "hi"], ["chat", str(adapter)], ["evaluate", str(adapter), "--data", str(tmp_path / "rows.json")]):
+        assert run_app(command) == 2
         err = capsys.readouterr().err
         assert re.search(words, err) and len(err.splitlines()) == 1, err
-    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter", "rows.json"]
     if kind == "a damaged record": return
     with pytest.raises(UserError, match=words): load_adapter(load_model(tiny_llama), adapter)
+
+
+def test_a_run_does_not_start_from_a_damaged_adapter(tiny_config, tiny_llama, train, capsys):
+    _, adapter = train(tiny_llama)
+    edit(adapter, r=8)
+    assert run_app(["train", str(tiny_config("r", model__start_adapter=str(adapter)))]) == 2
+    assert "the rank 8, its tensors have 4" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_update_that_is_not_in_the_file_or_has_no_place(tiny_llama, train, tmp_path):
