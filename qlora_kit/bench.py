@@ -129,8 +129,10 @@ def write_checkpoint(folder:Path, shape:dict)->None: # does nothing where it sta
     "A bf16 checkpoint of random weights, one file for each layer."
     import torch
     from safetensors.torch import save_file
+    from qlora_kit.data import write_atomic
     from qlora_kit.memory import stand_in
     if (folder/"shape.json").exists() and json.loads((folder/"shape.json").read_text()) == shape: return
+    (folder/"shape.json").unlink(missing_ok=True) # it says that all the others are there
     torch.manual_seed(0)
     model = stand_in(json.dumps(shape), "none", dtype=torch.bfloat16, device=device(), keep=1)
     model.config.save_pretrained(folder)
@@ -142,8 +144,8 @@ def write_checkpoint(folder:Path, shape:dict)->None: # does nothing where it sta
     layers, raw = range(shape["num_hidden_layers"]), (folder/"layer-0.safetensors").read_bytes()
     with ThreadPoolExecutor(8) as pool: list(pool.map(partial(copy_layer, folder, raw), layers[1:]))
     files = {k: "ends.safetensors" for k in parts["ends"]} | {k.replace(".0.", f".{i}.", 1): f"layer-{i}.safetensors" for i in layers for k in parts["layer-0"]}
-    (folder/"model.safetensors.index.json").write_text(json.dumps(dict(metadata={}, weight_map=files)))
-    (folder/"shape.json").write_text(json.dumps(shape))
+    write_atomic(folder/"model.safetensors.index.json", json.dumps(dict(metadata={}, weight_map=files)))
+    write_atomic(folder/"shape.json", json.dumps(shape))
 
 # %% ../nbs/18_bench.ipynb #18bench034
 def copy_layer(folder:Path, raw:bytes, # layer 0's file
@@ -198,7 +200,7 @@ def write_rows(source:str, # a file, in a format that the kit reads
     other:str|None=None, # as for `write_tokenizer`
     )->dict: # how many rows and tokens
     "rows.jsonl in the folder, one conversation a line, and the tokenizer for them."
-    from qlora_kit.data import UserError, load_conversations
+    from qlora_kit.data import UserError, load_conversations, write_atomic
     rows = [c.messages for c in load_conversations(source, fields=fields) if c.messages[-1]["role"] == "assistant"]
     tokenizer = write_tokenizer(folder, (m["content"] for c in rows for m in c), shape["vocab_size"], other)
     kept, total = [], 0
@@ -206,7 +208,7 @@ def write_rows(source:str, # a file, in a format that the kit reads
         n = len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
         if n <= min(ROW, T) and total < tokens: kept.append(messages); total += n
     if not kept: raise UserError(f"--rows: no row of {source} ends with an answer and has at most {min(ROW, T)} tokens; give another file, or longer sequences with --batch")
-    (folder/"rows.jsonl").write_text("".join(json.dumps(dict(messages=messages)) + "\n" for messages in kept), encoding="utf-8")
+    write_atomic(folder/"rows.jsonl", "".join(json.dumps(dict(messages=messages)) + "\n" for messages in kept))
     return dict(rows=len(kept), row_tokens=total)
 
 # %% ../nbs/18_bench.ipynb #18bench043

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FORMATS', 'TURN', 'ROLES', 'UserError', 'Conversation', 'hub_name', 'load_rows', 'find_format', 'with_system',
            'conversation', 'load_conversations', 'stream_conversations', 'Again', 'given_conversations', 'split',
-           'held_out']
+           'held_out', 'fsync', 'write_atomic', 'exchange', 'put_in_place']
 
 # %% ../nbs/00_data.ipynb #00data002
-import csv, hashlib, json, re
+import csv, ctypes, errno, hashlib, json, os, re, secrets, shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -422,3 +422,56 @@ def held_out(
     "Decide for one row of a stream, by its text and the seed alone."
     _check_share(validation_split)
     return int.from_bytes(_digest(json.dumps(conversation.messages), seed)) < validation_split * 2**256
+
+# %% ../nbs/00_data.ipynb #00data120d
+def fsync(
+    path, # file or folder
+)->None:
+    "Wait until the disk has it; for a folder, its list of names."
+    descriptor = os.open(path, os.O_RDONLY)
+    try: os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL: raise # some network disks cannot do this for a folder
+    finally: os.close(descriptor)
+
+def write_atomic(
+    path, # file to create or replace
+    data:bytes|str, # its whole content
+    sync:bool=True, # also survive a power cut, not only a kill
+)->Path: # `path`
+    "A reader finds the old content or the new, never a part: write beside it, then rename over it."
+    path = Path(path)
+    temp = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temp, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            if sync: f.flush(); os.fsync(f.fileno())
+        os.replace(temp, path)
+        if sync: fsync(path.parent)
+    finally: temp.unlink(missing_ok=True)
+    return path
+
+# %% ../nbs/00_data.ipynb #00data120i
+def exchange(
+    a:Path, b:Path, # two names on one disk
+)->bool: # False where the system or the disk cannot
+    "Swap two names in one move."
+    call, here, swap = getattr(ctypes.CDLL(None), "renameat2", None), -100, 2 # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+def put_in_place(
+    new:Path, # a finished folder
+    final:Path, # the name it gets, beside it; a folder that has this name is removed
+)->Path: # `final`
+    "A reader finds the old folder or the new, never a part; both the files and the name are on the disk when this returns."
+    old = final.with_name(f".{final.name}.old")
+    for path in [*new.rglob("*"), new]: fsync(path)
+    shutil.rmtree(old, ignore_errors=True) # of a process that was killed
+    if not final.exists(): new.rename(final)
+    elif exchange(new, final): new.rename(old)
+    else:
+        final.rename(old)
+        new.rename(final)
+    fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+    return final

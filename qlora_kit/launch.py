@@ -8,9 +8,9 @@ __all__ = ['app', 'Overrides', 'TrustHooks', 'ASSETS', 'GRAIN', 'CODES', 'Onto',
            'plan_shape', 'recipe', 'plan_table', 'plan_answer', 'plan', 'card_here', 'traffic_times', 'show_plan',
            'spell_resume', 'train', 'quiet_libraries', 'report', 'launch_command', 'which_cards', 'read_hosts',
            'launch_environment', 'family', 'ranks_of', 'Launched', 'launch', 'die_with_parent', 'pass_on', 'wait',
-           'lives', 'exit_code', 'launch_cli', 'attend', 'open_run', 'device_here', 'generate', 'chat', 'typed_lines',
-           'held_out_rows', 'run_hook', 'evaluate', 'merge', 'bench', 'run_app', 'end_process', 'main', 'train_script',
-           'inference_script']
+           'lives', 'exit_code', 'last_word', 'launch_cli', 'attend', 'open_run', 'device_here', 'generate', 'chat',
+           'typed_lines', 'held_out_rows', 'run_hook', 'evaluate', 'merge', 'bench', 'run_app', 'end_process', 'main',
+           'train_script', 'inference_script']
 
 # %% ../nbs/17_launch.ipynb #17launch002
 import importlib.metadata as metadata
@@ -27,7 +27,7 @@ from typing import Annotated
 import psutil
 import typer
 
-from .data import UserError
+from .data import UserError, write_atomic
 
 # %% ../nbs/17_launch.ipynb #17launch004
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -64,8 +64,8 @@ def new(folder: Annotated[Path, typer.Argument(help="Folder to create")]):
     for source in sorted(p for p in (ASSETS/"scaffold").rglob("*") if p.is_file()):
         target = folder/source.relative_to(ASSETS/"scaffold").with_name(source.name.removesuffix(".tpl"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    (folder/"requirements.txt").write_text(requirements())
+        write_atomic(target, source.read_bytes(), sync=False)
+    write_atomic(folder/"requirements.txt", requirements())
     print(f"{folder} is ready. Next:\n  cd {folder}\n  python scripts/train.py")
 
 # %% ../nbs/17_launch.ipynb #17launch008b
@@ -178,7 +178,7 @@ def recipe(name: Annotated[str | None, typer.Argument(help="Its name; without on
     source, target = recipe_file(name), Path("configs")/f"{name}.yaml"
     if target.exists(): raise UserError(f"{target} exists; move it, or edit what is there")
     target.parent.mkdir(exist_ok=True)
-    shutil.copyfile(source, target)
+    write_atomic(target, source.read_bytes())
     print(f"{target} is written. Next: name your rows in it (data.train_file), and\n  qlora-kit inspect {target}")
 
 # %% ../nbs/17_launch.ipynb #17launch018
@@ -498,10 +498,16 @@ def exit_code(self:Launched)->int: # 0, 1, 2, 130 or 143
     if self.word("exit"): code = int(self.word("exit"))
     elif code and self.asked: code = 128+self.asked[0][0]
     elif code not in (0, 2, 130, 143): code = 1
-    if self.run and self.state()["state"] == "running":
-        from qlora_kit.monitor import write_state
-        write_state(self.run, "failed", error="ended without a word; its processes were killed")
+    if self.run and self.state()["state"] == "running": last_word(self.run)
     return code
+
+def last_word(run:Path)->None:
+    "Say of a run that its processes were killed, unless a process holds it."
+    from qlora_kit.monitor import hold, release, write_state
+    try: hold(run)
+    except UserError: return
+    write_state(run, "failed", error="ended without a word; its processes were killed")
+    release(run)
 
 Launched.wait, Launched.exit_code = wait, exit_code
 
@@ -750,7 +756,7 @@ def run_app(argv:list)->int: # words of the command line → exit code
 def end_process(code:int)->int: # the same code
     "Leave the exit code for whoever launched this; a rank that failed ends here and now, since other ranks may not answer any more."
     told = Path(os.environ.get("QLORA_KIT_TELL", "")) # of this host
-    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): (told/"exit").write_text(str(code))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): write_atomic(told/"exit", str(code), sync=False)
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush(); sys.stderr.flush()
         os._exit(code)

@@ -38,7 +38,7 @@ from transformers.modeling_utils import local_torch_dtype
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils import logging as hf_logging
-from .data import UserError
+from .data import UserError, put_in_place
 from .tokens import progress
 
 # %% ../nbs/04_loader.ipynb #04loader014
@@ -591,7 +591,7 @@ def convert_once(
             try:
                 shutil.rmtree(part, ignore_errors=True); part.mkdir() # a killed process may have left its part
                 _write(write, source, part)
-                part.rename(folder)
+                put_in_place(part, folder)
             finally: shutil.rmtree(part, ignore_errors=True)
     return folder
 

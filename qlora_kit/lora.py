@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .data import UserError
+from .data import UserError, put_in_place
 from .loader import Tensors, _quiet, load_model, load_tokenizer, packed_hash
 
 # %% ../nbs/05_lora.ipynb #05lora019
@@ -232,7 +232,7 @@ def residual_base(
             layer.lora_A["default"].weight.copy_(A); layer.lora_B["default"].weight.copy_(B)
     tuned.base_hash = packed_hash(model)
     save_adapter(tuned, tokenizer, part/"adapter", str(out/"base"))
-    return part.rename(out)
+    return put_in_place(part, out)
 
 # %% ../nbs/05_lora.ipynb #05lora091
 def _numbers(p):
@@ -323,7 +323,7 @@ def save_adapter(
 ) -> Path: # the folder
     "Write a plain PEFT adapter, whole or not at all. `ValueError` if `state` is incomplete or tensors are spread over ranks."
     folder = Path(folder).absolute()
-    new, old = (folder.with_name(f".{folder.name}.{x}") for x in ("new", "old"))
+    new = folder.with_name(f".{folder.name}.new")
     tensors = _adapter_tensors(model, state, adapter)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -332,11 +332,7 @@ def save_adapter(
     tokenizer.save_pretrained(new)
     (new/RECORD).write_text(json.dumps(base_form(model) | (record or {}), indent=2, ensure_ascii=False), encoding="utf-8")
     if getattr(model, "base_hash", None): (new/"base.json").write_text(json.dumps({"packed_sha256": model.base_hash}))
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists(): folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    return folder
+    return put_in_place(new, folder)
 
 # %% ../nbs/05_lora.ipynb #05lora117d
 def read_object(

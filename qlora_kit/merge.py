@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # %% ../nbs/16_merge.ipynb #16merge004
-from .data import UserError
+from .data import UserError, put_in_place
 from .generate import stop_ids
 from .linear import unpack
 from .loader import (INDEX, Tensors, check_tied, finish, load_tokenizer, make_tensor, match_names, quantization_config, read_config, resolve_base,
@@ -285,7 +285,7 @@ def unfinished(
     try:
         yield part
         if out.exists(): raise UserError(f"{out} has appeared meanwhile; name a folder that does not exist yet")
-        part.rename(out)
+        put_in_place(part, out)
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/16_merge.ipynb #16merge045

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from .data import UserError
+from .data import UserError, write_atomic
 from .inspector import need_widgets, show_or_widget
 from .ladder import RUNGS, in_words
 from .memory import GB, SHAPES, Fit, Setup, fill_card, fit_card, memory_table, plot_memory, rungs_of, shape_text, smallest_change
@@ -156,7 +156,8 @@ def save_config(
     path = Path(path).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("x", encoding="utf-8") as f: f.write(text)
+        if path.exists(): raise FileExistsError
+        write_atomic(path, text)
     except OSError as e: raise UserError(f"{path} exists already; choose another name" if path.exists() else f"{path}: {e.strerror}; choose another place") from None
     return path
 

@@ -6,11 +6,12 @@
 __all__ = ['REASONS', 'WORDS', 'lr_at', 'Plan', 'make_plan', 'Job', 'read_rows', 'row_reader', 'load_questions', 'load_examples',
            'encode_rows', 'make_feed', 'compute_dtype', 'adapter_base', 'users_model', 'kits_model', 'build_model',
            'check_choices', 'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'Step', 'take_step', 'Meter',
-           'fit', 'check_walls', 'evaluate_step', 'state_of', 'heartbeat', 'end_reason', 'requests', 'Stopped',
-           'Signals', 'launchers', 'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run', 'newest_run',
-           'environment', 'answer', 'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit', 'choose_rungs',
-           'forecast', 'Result', 'train', 'open_run', 'choose_run', 'keep_step', 'lost_ranks', 'end_badly', 'hushed',
-           'limit_waiting', 'open_log', 'smaller', 'finish', 'ask_last', 'summarize', 'show_first_batch']
+           'fit', 'check_walls', 'evaluate_step', 'state_of', 'heartbeat', 'check_place', 'end_reason', 'requests',
+           'Stopped', 'Signals', 'launchers', 'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run',
+           'newest_run', 'environment', 'answer', 'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit',
+           'choose_rungs', 'forecast', 'Result', 'train', 'open_run', 'choose_run', 'resumable', 'stored_settings',
+           'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'still_ours', 'limit_waiting', 'open_log', 'smaller',
+           'finish', 'ask_last', 'summarize', 'show_first_batch']
 
 # %% ../nbs/15_train.ipynb #15train002
 import importlib.metadata as metadata
@@ -29,9 +30,9 @@ from transformers import GenerationConfig
 
 # %% ../nbs/15_train.ipynb #15train004
 from .batches import Feed, attend_documents, check_packing, row_weights, target_weight, whole
-from .checkpoint import State, check_names, check_resume, checkpoint_info, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step, share_step
-from .config import RunConfig, call_with, config_yaml, load_hook, looks_like_path
-from .data import Again, UserError, given_conversations, held_out, load_conversations, split, stream_conversations
+from .checkpoint import State, check_names, check_resume, checkpoint_info, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step, share_step
+from .config import RunConfig, call_with, check, config_yaml, load_hook, looks_like_path, read_yaml
+from .data import Again, UserError, given_conversations, held_out, load_conversations, split, stream_conversations, write_atomic
 from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
 from .evaluate import evaluate_loss, score_answers
 from .generate import dequantized, generate, stop_ids
@@ -41,7 +42,7 @@ from .ladder import RUNGS, climb, in_words
 from .lora import STARTS, VARIANTS, add_lora, check_adapter, check_init, load_adapter, save_adapter
 from .loss import LossModel
 from .memory import Setup, fill_card, fit_card, parse_size, rungs_of, smallest_change
-from .monitor import Monitor, clear_requests, memory_gb, read_metrics, read_requests, truncate_metrics, write_state
+from .monitor import Monitor, clear_requests, hold, memory_gb, read_metrics, read_requests, release, replaced, truncate_metrics, write_state
 from .pointwise import fast_pointwise
 from .sharded import cast_trained, load_sharded
 from .tokens import encode_all, encode_stream, ensure_template
@@ -282,7 +283,7 @@ def make_engine(job:Job, # the run
     optimizer = make_optimizer(module, t.weight_decay, t.optimizer, t.loraplus_ratio)
     if config is None: return LocalEngine(module, optimizer, t.max_grad_norm, job.device, compute_dtype(t.dtype, job.device) == "float16")
     check_devices(job.model)
-    if job.place.rank == 0: (job.run/"deepspeed.json").write_text(json.dumps(config, indent=2))
+    if job.place.rank == 0: write_atomic(job.run/"deepspeed.json", json.dumps(config, indent=2))
     return DeepSpeedEngine(module, optimizer, config, job.place)
 
 # %% ../nbs/15_train.ipynb #15train042
@@ -414,11 +415,16 @@ def evaluate_step(job:Job, engine, progress:Progress)->dict: # {"val_loss"}
 def state_of(run:Path)->str: # one word, from state.json; "" without one
     "What the run says of itself."
     try: return json.loads((run/"state.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError): return ""
+    except (OSError, ValueError, KeyError, TypeError): return ""
 
 def heartbeat(job:Job, engine)->None:
     "Say that the run is alive, unless a rank has said otherwise."
+    if engine.rank == 0: check_place(job.run)
     if engine.rank == 0 and state_of(job.run) == "running": write_state(job.run, "running", total=job.plan.total)
+
+def check_place(run:Path)->None: # on rank 0; `RunFailed`
+    "Nothing may be written into a folder that another run has got meanwhile."
+    if replaced(run): raise RunFailed(f"{run} is no longer the folder in which this run began: it was moved, deleted or given to another run; nothing more is written there")
 
 # %% ../nbs/15_train.ipynb #15train054
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")
@@ -483,7 +489,9 @@ def save(job:Job, engine, progress:Progress)->None:
     "Write a checkpoint."
     tensors = engine.state()
     info = {"progress": vars(progress), "ranks": engine.ranks, "size": job.plan.size, "scale": engine.scale}
-    if engine.rank == 0: save_checkpoint(job.run, State(progress.step, tensors, info), job.cfg.training.save_total_limit, progress.best_step)
+    if engine.rank == 0:
+        check_place(job.run)
+        save_checkpoint(job.run, State(progress.step, tensors, info), job.cfg.training.save_total_limit, progress.best_step)
     engine.total(0)   # nobody goes on before it is on the disk
 
 def restore(job:Job, engine, checkpoint:Path)->Progress: # where the run stands
@@ -566,18 +574,26 @@ def dequantized_if_local(job:Job, engine): # a context manager
     return dequantized(job.model) if engine.ranks == 1 and job.device == "cpu" and isinstance(engine, LocalEngine) else nullcontext(job.model)
 
 # %% ../nbs/15_train.ipynb #15train082
+def _answers(path):
+    "The entries of answers.json, [] without one; None if the file is damaged."
+    try: kept = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError: return []
+    except (OSError, ValueError): return None
+    whole = isinstance(kept, list) and kept and all(isinstance(e, dict) and {"prompt", "reference"} <= e.keys() for e in kept)
+    return kept if whole else None
+
 def _keep_answers(path, rows, references, which, answers):
     "One entry per question: prompt, reference, meta, and the answers so far."
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [
+    kept = _answers(path) or [
         dict(prompt=c.messages[-2]["content"], reference=r, **{k: v for k, v in c.meta.items() if isinstance(v, (str, int, float))}) for c, r in zip(rows, references)]
     for entry, a in zip(kept, answers): entry[which] = a
-    path.write_text(json.dumps(kept, ensure_ascii=False, indent=1), encoding="utf-8")
+    write_atomic(path, json.dumps(kept, ensure_ascii=False, indent=1))
 
-def _score_kept(path, which):
+def _score_kept(path, which, say):
     "The score of answers that an earlier part of this run has written."
-    if not path.exists(): return None
-    kept = json.loads(path.read_text(encoding="utf-8"))
-    return score_answers([e[which] for e in kept], [e["reference"] for e in kept]) if all(which in e for e in kept) else None
+    kept = _answers(path)
+    if kept is None: say(f"{path}: damaged; the answers from {which} training are lost, and the run goes on without their score")
+    return score_answers([e[which] for e in kept], [e["reference"] for e in kept]) if kept and all(which in e for e in kept) else None
 
 # %% ../nbs/15_train.ipynb #15train084
 def memory_setup(cfg:RunConfig, # the run
@@ -672,13 +688,15 @@ def train(cfg:RunConfig, # the run
         check_choices(cfg, place.device, several, deepspeed)
     except UserError as e: raise hushed(e, place.rank > 0)   # every rank finds the same; one line is enough
     run, checkpoint = open_run(cfg, name, resume, place)
-    log = open_log(run, place.rank, debug)
-    with Signals() as signals:
-        try: return _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, log, signals)
-        except BaseException as e:
-            signals.at_once = False
-            log.exception("ended")
-            raise end_badly(cfg, run, checkpoint, place, e, signals)
+    try:
+        log = open_log(run, place.rank, debug)
+        with Signals() as signals:
+            try: return _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, log, signals)
+            except BaseException as e:
+                signals.at_once = False
+                log.exception("ended")
+                raise end_badly(cfg, run, checkpoint, place, e, signals)
+    finally: release(run)
 
 # %% ../nbs/15_train.ipynb #15train099
 def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
@@ -691,24 +709,51 @@ def open_run(cfg:RunConfig, name:str, resume, place:Place)->tuple[Path, Path|Non
     if isinstance(choice[0], UserError): raise hushed(choice[0], place.rank > 0)
     run, checkpoint = choice[0]
     (run/"logs").mkdir(exist_ok=True)
-    if place.ranks > 1: (run/f"logs/rank-{place.rank}.pid").write_text(f"{socket.gethostname()} {os.getpid()}")
+    if place.ranks > 1: write_atomic(run/f"logs/rank-{place.rank}.pid", _me(), sync=False)
     told = Path(os.environ.get("QLORA_KIT_TELL", "")) # a folder of whoever launched this and wants to know
-    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): (told/"run").write_text(str(run))
+    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists(): write_atomic(told/"run", str(run), sync=False)
     return run, checkpoint
+
+def _me(): return f"{socket.gethostname()} {os.getpid()}"
 
 # %% ../nbs/15_train.ipynb #15train101
 def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
-    "A new folder, or one whose run can go on with these settings and ranks."
-    if not resume: run, checkpoint = new_run(cfg, name), None
-    else:
-        run = Path(resume).resolve() if isinstance(resume, (str, Path)) else newest_run(cfg, name)
-        checkpoint = newest_checkpoint(run)
-        if checkpoint is None: raise UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
-        check_resume(RunConfig.model_validate(yaml.safe_load((run/"config.yaml").read_text(encoding="utf-8"))).model_dump(), cfg.model_dump()) # keys younger than the run take their defaults
-        keep_step(cfg, checkpoint, ranks)
-    for old in (run/"logs").glob("rank-*.pid"): old.unlink()
-    write_state(run, "running")
+    "A new folder, or one whose run can go on with these settings and ranks; this process holds it from here on."
+    if not resume: run = new_run(cfg, name)
+    else: run = Path(resume).resolve() if isinstance(resume, (str, Path)) else newest_run(cfg, name)
+    if resume and not checkpoints(run): raise UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
+    hold(run)
+    try:
+        checkpoint = resumable(cfg, run, ranks) if resume else None
+        for old in [*(run/"logs").glob("rank-*.pid"), *run.rglob(".*.????????.tmp")]: old.unlink(missing_ok=True) # of processes that were killed
+        write_state(run, "running")
+    except BaseException:
+        release(run)
+        raise
     return run, checkpoint
+
+def resumable(cfg:RunConfig, run:Path, ranks:int)->Path: # the checkpoint to resume from
+    "The newest whole checkpoint; `UserError` if these settings or ranks would make another run of it."
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None: raise UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
+    if stored := stored_settings(run, checkpoint): check_resume(stored, cfg.model_dump())
+    keep_step(cfg, checkpoint, ranks)
+    return checkpoint
+
+# %% ../nbs/15_train.ipynb #15train101b
+def stored_settings(run:Path, checkpoint:Path)->dict|None: # None without a config.yaml, with a line on stderr
+    "Settings that a run was started with, keys younger than the run at their defaults; `UserError` if the file is damaged."
+    path = run/"config.yaml"
+    try:
+        values, text = read_yaml(path)
+        if not text.strip("\0 \n"): raise UserError("it is empty")
+        return check(values, text, str(path)).model_dump()
+    except UserError as e:
+        if path.exists():
+            why = str(e).splitlines()[0].replace(str(path), path.name)
+            raise UserError(f"--resume: {path} is damaged ({why}); {checkpoint.relative_to(run)} is whole. Delete config.yaml to go on from there "
+                            "with the settings you name now; they are not compared with the run's then") from None
+    print(f"--resume: {path} is gone, so your settings are not compared with the run's", file=sys.stderr)
 
 # %% ../nbs/15_train.ipynb #15train103
 def keep_step(cfg:RunConfig, # settings now
@@ -737,13 +782,15 @@ def lost_ranks(run:Path)->list: # of this host
 def end_badly(cfg:RunConfig, run:Path, checkpoint:Path|None, place:Place, e:BaseException, signals=())->BaseException: # for the caller to raise
     "Write down how the run ended, if this is the rank to do it."
     if place.rank: time.sleep(0.5)
+    if not still_ours(run, place): return hushed(e, place.rank > 0)
     if (said := state_of(run)) != "running": return hushed(Stopped(signals[-1] if signals else "SIGTERM") if said == "stopped" else e)
-    if isinstance(e, UserError) and place.rank == 0 and not checkpoint and not (run/"metrics.jsonl").exists(): shutil.rmtree(run); return e
+    if isinstance(e, UserError) and place.rank == 0 and not checkpoint and not (run/"metrics.jsonl").exists(): release(run); shutil.rmtree(run); return e
     lost = lost_ranks(run) if place.ranks > 1 else []
     if lost: e = RunFailed(f"rank {lost[0]} ended without a word: killed, perhaps for lack of memory; its last lines are in {run}/logs/rank-{lost[0]}.log")
     who = f"rank {place.rank}: " if place.ranks > 1 and not lost else ""
     state, text = ("stopped", None) if isinstance(e, Stopped) else ("failed", who + f"{type(e).__name__}: {e}".splitlines()[0])
-    write_state(run, state, error=text)
+    try: write_state(run, state, error=text)
+    except OSError: return e # a full disk, perhaps, which is what `e` says
     if place.rank: time.sleep(0.2); state_of(run) == state or write_state(run, state, error=text) # rank 0 may have been writing its heartbeat
     return RunFailed(f"out of card memory; {smaller(cfg)}") if isinstance(e, torch.OutOfMemoryError) else e
 
@@ -751,6 +798,12 @@ def hushed(e:BaseException, yes:bool=True)->BaseException:
     "Mark an error that another rank has shown already."
     e.hushed = yes
     return e
+
+def still_ours(run:Path, place:Place)->bool:
+    "Is the run in this folder the one of this process?"
+    if place.rank == 0: return not replaced(run)
+    try: return (run/f"logs/rank-{place.rank}.pid").read_text() == _me()
+    except OSError: return False
 
 # %% ../nbs/15_train.ipynb #15train109
 def limit_waiting()->None:
@@ -787,8 +840,8 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     rank0, say = place.rank == 0, (lambda text: None) if quiet or place.rank else (lambda text: print(text, file=sys.stderr))
     if checkpoint: cfg = keep_step(cfg, checkpoint, place.ranks)
     if rank0:
-        (run/"config.yaml").write_text(config_yaml(cfg), encoding="utf-8")
-        (run/"environment.json").write_text(json.dumps(environment(cfg, place), indent=2))
+        write_atomic(run/"config.yaml", config_yaml(cfg))
+        write_atomic(run/"environment.json", json.dumps(environment(cfg, place), indent=2))
         (run/"control").mkdir(exist_ok=True); clear_requests(run)
     job = make_job(cfg, run, place, base, partial(forecast, cfg, place, deepspeed, force, say, log), deepspeed)
     for note in job.notes: say(note); log.warning(note)
@@ -798,7 +851,7 @@ def _train(cfg, run, checkpoint, deepspeed, debug, quiet, base, force, place, lo
     if checkpoint and rank0: truncate_metrics(run, progress.step)
     check_walls(job, engine)
     say(f"{len(job.train)} training rows, {len(job.val)} for validation; {job.plan.total} steps of {job.plan.size} {'sequences' if job.feed.capacity else 'rows'}; results in {run}")
-    before = _score_kept(run/"answers.json", "before")
+    before = _score_kept(run/"answers.json", "before", say)
     if before is None and not checkpoint: before = answer(job, engine, "before")
     tracker = open_tracker(cfg.training.report_to, run, cfg.model_dump(), progress.step, lambda text: (say(text), log.warning(text))) if rank0 else None
     monitor = Monitor(run, job.plan.total, quiet=quiet, rank=place.rank, device=place.device, also=tracker)
@@ -846,7 +899,7 @@ def summarize(job:Job, engine, progress:Progress, status:str, before, after=None
     summary = dict(status=status, first_loss=records[0]["loss"] if records else None, last_loss=records[-1]["loss"] if records else None,
                    best_val_loss=progress.best_val, steps=progress.step, tokens=progress.tokens, wall_s=records[-1]["elapsed_s"] if records else 0.0,
                    mem_peak_gb=max([memory_gb(job.device)[1], *(r.get("mem_peak_gb", 0) for r in records)]), mem_predicted_gb=job.predicted, score_before=before, score_after=after)
-    if engine.rank == 0: (job.run/"summary.json").write_text(json.dumps(summary, indent=2))
+    if engine.rank == 0: write_atomic(job.run/"summary.json", json.dumps(summary, indent=2))
     return Result(job.run, status, summary)
 
 # %% ../nbs/15_train.ipynb #15train123

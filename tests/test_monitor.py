@@ -15,8 +15,9 @@ from io import StringIO
 import pytest
 import torch
 
+from qlora_kit import monitor as module
 from qlora_kit.data import UserError
-from qlora_kit.monitor import Monitor, ask, metrics_line, plot_curves, read_metrics, read_requests, truncate_metrics, write_state
+from qlora_kit.monitor import Monitor, ask, hold, holder, metrics_line, plot_curves, read_metrics, read_requests, release, replaced, truncate_metrics, write_state
 
 WRITER = """
 import sys
@@ -136,3 +137,107 @@ def test_a_run_is_asked_in_the_words_it_knows(tmp_path):
 def test_state_says_how_long_the_run_is(tmp_path):
     assert json.loads(write_state(tmp_path, "running", total=60).read_text())["total"] == 60
     assert json.loads(write_state(tmp_path, "failed", error="boom").read_text())["total"] is None
+
+
+HOLDER = """
+import multiprocessing, subprocess, sys, time
+from qlora_kit.monitor import hold
+hold(sys.argv[1])
+fork = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+fork.start()
+told = subprocess.Popen(["sleep", "600"], close_fds=False)
+print(fork.pid, told.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_process_holds_nothing_though_its_children_live(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    children = [int(pid) for pid in process.stdout.readline().split()]
+    try:
+        with pytest.raises(UserError, match=f"process {process.pid} on .* ended.* touch .*control/stop"): hold(tmp_path)
+        process.kill(); process.wait()
+        for pid in children: os.kill(pid, 0)
+        hold(tmp_path)
+        assert holder(tmp_path)["pid"] == os.getpid()
+    finally:
+        release(tmp_path)
+        for pid in children: os.kill(pid, signal.SIGKILL)
+
+
+RACER = """
+import sys, time
+from pathlib import Path
+from qlora_kit.data import UserError
+from qlora_kit.monitor import hold
+here, me = Path(sys.argv[1]), sys.argv[2]
+(here/f"ready-{me}").touch()
+while not (here/"go").exists(): pass
+try: hold(here); (here/f"held-{me}").touch()
+except UserError: (here/f"refused-{me}").touch()
+time.sleep(600)
+"""
+
+
+def test_of_several_at_the_same_instant_one_gets_the_folder(tmp_path):
+    n, found = 4, lambda what: len(list(tmp_path.glob(f"{what}-*")))
+    processes = [subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), str(i)]) for i in range(n)]
+    try:
+        deadline = time.monotonic() + 120
+        while found("ready") < n and time.monotonic() < deadline: time.sleep(0.05)
+        (tmp_path/"go").touch()
+        while found("held") + found("refused") < n and time.monotonic() < deadline: time.sleep(0.05)
+        assert (found("held"), found("refused")) == (1, n - 1)
+    finally:
+        for p in processes: p.kill(); p.wait()
+
+
+def test_the_same_process_does_not_get_it_twice(tmp_path):
+    hold(tmp_path)
+    with pytest.raises(UserError, match=f"process {os.getpid()} on"): hold(tmp_path)
+    release(tmp_path); release(tmp_path)
+    hold(tmp_path); release(tmp_path)
+
+
+@pytest.mark.parametrize("locks", [True, False])
+@pytest.mark.parametrize("lives", [True, False])
+def test_where_locks_prove_nothing_signs_of_life_do(tmp_path, monkeypatch, capfd, locks, lives):
+    """A disk that keeps locks to one machine, and one that has none: the file names another machine, which touches it, or does not any more."""
+    def none(*args): raise OSError(37, "No locks available")
+    monkeypatch.setattr(module, "BEAT", 0.2)
+    if not locks: monkeypatch.setattr(module.fcntl, "flock", none)
+    (tmp_path/"lock").write_text(json.dumps(dict(pid=1, host="elsewhere")))
+    touching = subprocess.Popen([sys.executable, "-c", f"import os, time\nwhile True: os.utime({str(tmp_path/'lock')!r}); time.sleep(0.1)"]) if lives else None
+    try:
+        if lives:
+            with pytest.raises(UserError, match="process 1 on elsewhere"): hold(tmp_path)
+        else: hold(tmp_path); release(tmp_path)
+    finally:
+        if lives: touching.kill(); touching.wait()
+    assert "process 1 on elsewhere still trains here" in capfd.readouterr().err
+
+
+def test_a_holder_touches_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT", 0.05)
+    hold(tmp_path)
+    os.utime(tmp_path/"lock", (0, 0))
+    deadline = time.monotonic() + 30
+    while (tmp_path/"lock").stat().st_mtime == 0 and time.monotonic() < deadline: time.sleep(0.02)
+    assert (tmp_path/"lock").stat().st_mtime > 0
+    release(tmp_path)
+
+
+def test_a_folder_that_was_moved_or_given_away_is_noticed(tmp_path):
+    run = tmp_path/"run"
+    run.mkdir(); hold(run)
+    assert not replaced(run) and not replaced(tmp_path)
+    run.rename(tmp_path/"aside")
+    assert replaced(run)
+    run.mkdir(); (run/"lock").touch()
+    assert replaced(run)
+    release(run)
+    assert not replaced(run)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match="lock: .*may write to"): hold(tmp_path/"nowhere")

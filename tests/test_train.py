@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,6 +368,8 @@ def test_the_first_error_of_several_ranks_stands(tmp_path):
     (tmp_path / "logs").mkdir()
     ended = lambda rank, e: end_badly(None, tmp_path, None, Place(rank, 2), e)
     closed = RuntimeError("Connection closed by peer")
+    for rank in (0, 1):
+        (tmp_path / f"logs/rank-{rank}.pid").write_text(f"{socket.gethostname()} {os.getpid()}")
     write_state(tmp_path, "running")
     ended(1, ValueError("boom"))
     heartbeat(type("J", (), {"run": tmp_path}), type("E", (), {"rank": 0}))
@@ -408,3 +411,171 @@ open("noted", "w").write(signals[0])
             time.sleep(0.05)
         act()
     assert (tmp_path / "noted").read_text() == "SIGTERM"
+
+
+@pytest.fixture
+def scored_config(tiny_config, tmp_path):
+    """Three steps, and two questions before and after."""
+    from conftest import write_rows
+
+    write_rows(tmp_path / "score.json", 2)
+    return lambda name, **changes: tiny_config(name, training__max_steps=3, training__save_steps=1, training__eval_steps=2, data__score="exact_match",
+                                               data__score_file="score.json", **changes)
+
+
+def test_no_fault_at_any_write_loses_a_run(scored_config, tmp_path):
+    path = scored_config("faults")
+    whole = run(path).run
+    (tmp_path / "scratch").mkdir()
+    done = subprocess.run([sys.executable, str(Path(__file__).parent / "write_faults.py"), str(path), str(whole), str(tmp_path / "scratch")],
+                          capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("text", ["", "\0" * 300, "model:\n  base_mod", "- a list", "model: {lora_r: no number}", "\xff"])
+def test_a_damaged_config_is_named_and_the_run_goes_on_without_it(whole, tmp_path, capsys, text):
+    from qlora_kit.launch import run_app
+
+    path, full = whole
+    cut = tmp_path / "cut"
+    shutil.copytree(full.run, cut)
+    shutil.rmtree(checkpoints(cut)[0])
+    (cut / "config.yaml").write_bytes(text.encode("latin-1"))
+    words = ["train", str(path), "--resume", str(cut), f"training.output_dir={cut}"]
+    assert run_app(words) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and f"{cut}/config.yaml is damaged" in line and f"checkpoints/{checkpoints(cut)[0].name} is whole" in line and "Delete config.yaml" in line
+    if text: return
+    (cut / "config.yaml").unlink()
+    assert run_app(words) == 0
+    assert "config.yaml is gone" in capsys.readouterr().err
+    assert [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(cut)] == losses(full)
+    assert (cut / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[{", "{}", "[]", "[1]"])
+def test_damaged_answers_cost_a_run_their_score_only(scored_config, text, capsys):
+    path = scored_config("answers")
+    first = run(path)
+    assert first.summary["score_before"] is not None
+    shutil.rmtree(checkpoints(first.run)[0])
+    (first.run / "answers.json").write_text(text)
+    again = train(load_config(path), path.stem, base=path.parent, resume=first.run)
+    err = capsys.readouterr().err
+    assert again.status == "done" and again.summary["score_before"] is None and again.summary["score_after"] == first.summary["score_after"]
+    assert sum("answers.json: damaged" in line for line in err.splitlines()) == 1
+    assert all("after" in entry for entry in json.loads((first.run / "answers.json").read_text()))
+
+
+def started(path, *words):
+    return subprocess.Popen([sys.executable, "-m", "qlora_kit.launch", "train", str(path), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def wait_for(true, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_living_run_is_not_resumed_and_a_killed_one_is_by_one_of_two(tiny_config):
+    from qlora_kit.monitor import ask
+
+    path = tiny_config("living", training__num_epochs=100_000, training__save_steps=5, training__save_total_limit=2)
+    folder, first = path.parent / "runs/living", started(path)
+    both = []
+    try:
+        wait_for(lambda: checkpoints(folder))
+        refused = started(path, "--resume", str(folder))
+        err = refused.communicate(timeout=120)[1].strip().splitlines()
+        assert refused.returncode == 2 and f"process {first.pid} on" in err[-1] and "sign of life" in err[-1] and "control/stop" in err[-1]
+        with pytest.raises(UserError, match=f"process {first.pid} on"):
+            run(path, resume=folder)
+        assert first.poll() is None and json.loads((folder / "state.json").read_text())["pid"] == first.pid
+        first.kill(), first.wait()
+        both = [started(path, "--resume", str(folder)) for _ in range(2)]
+        wait_for(lambda: any(p.poll() is not None for p in both))
+        over, lives = sorted(both, key=lambda p: p.poll() is None)
+        assert over.returncode == 2 and f"process {lives.pid} on" in over.stderr.read()
+        steps = len(read_metrics(folder))
+        wait_for(lambda: len(read_metrics(folder)) > steps + 5)
+        ask(folder, "stop")
+        lives.communicate(timeout=120)
+        logged = [r["step"] for r in read_metrics(folder)]
+        assert logged == list(range(1, len(logged) + 1)) and json.loads((folder / "state.json").read_text())["state"] == "stopped"
+    finally:
+        for p in [first, *both]: p.kill(), p.wait()
+
+
+def test_two_who_start_at_once_get_two_folders(tiny_config):
+    path = tiny_config("race", training__max_steps=1)
+    both = [started(path) for _ in range(2)]
+    for p in both:
+        p.communicate(timeout=300)
+        assert p.returncode == 0
+    assert sorted(p.name for p in (path.parent / "runs").iterdir()) == ["race", "race-2"]
+    assert all(json.loads((p / "summary.json").read_text())["steps"] == 1 for p in (path.parent / "runs").iterdir())
+
+
+def test_a_run_whose_folder_is_given_to_another_writes_nothing_there(tiny_config, monkeypatch):
+    from qlora_kit import train as module
+
+    path = tiny_config("moved", training__save_steps=1)
+    folder, log = path.parent / "runs/moved", module.Monitor.log
+
+    def move(self, record):
+        log(self, record)
+        if record["step"] == 2:
+            folder.rename(folder.with_name("aside"))
+            folder.mkdir()
+            (folder / "lock").touch()
+
+    monkeypatch.setattr(module.Monitor, "log", move)
+    with pytest.raises(RunFailed, match="no longer the folder"):
+        run(path)
+    assert [p.name for p in folder.iterdir()] in (["lock"], ["lock", "curves.png"])
+    assert checkpoints(folder.with_name("aside"))
+
+
+def test_a_rank_of_a_former_run_keeps_silent(tmp_path):
+    import socket
+
+    from qlora_kit.engine import Place
+    from qlora_kit.monitor import write_state
+    from qlora_kit.train import end_badly
+
+    (tmp_path / "logs").mkdir()
+    write_state(tmp_path, "running")
+    for text in (None, f"{socket.gethostname()} 1"):
+        if text: (tmp_path / "logs/rank-1.pid").write_text(text)
+        assert end_badly(None, tmp_path, None, Place(1, 2), RuntimeError("Connection closed by peer")).hushed
+        assert json.loads((tmp_path / "state.json").read_text())["state"] == "running"
+
+
+def test_a_launcher_has_no_last_word_on_a_run_that_another_process_goes_on_with(tmp_path):
+    from qlora_kit.launch import last_word
+    from qlora_kit.monitor import hold, release, write_state
+
+    state = lambda: json.loads((tmp_path / "state.json").read_text())["state"]
+    hold(tmp_path)
+    write_state(tmp_path, "running")
+    last_word(tmp_path)
+    assert state() == "running"
+    release(tmp_path)
+    last_word(tmp_path)
+    assert state() == "failed"
+
+
+def test_a_run_lets_go_of_its_folder_however_it_ends(tiny_config, whole, monkeypatch):
+    from qlora_kit import monitor, train as module
+
+    path, full = whole
+    assert not monitor.HELD
+    with pytest.raises(UserError, match="learning_rate"):
+        run(path, f"training.output_dir={full.run}", "training.learning_rate=0.02", resume=full.run)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        monkeypatch.setattr(module, "make_engine", interrupted(number))
+        with pytest.raises(module.Stopped):
+            run(tiny_config("let-go"))
+    assert not monitor.HELD
