@@ -1,21 +1,16 @@
 """Compiles DeepSpeed's operators beforehand, so that no test waits for a compiler: messages between CPU ranks, and offload to NVMe where libaio is found.
 
-A compilation that was killed leaves a file `lock` behind, and every later run waits for it; one that is older than any
-compilation takes is removed first.
+A lock that a killed compilation left behind is passed over, as in a run (page Interruptions).
 """
 import os
 import sys
 import time
-from pathlib import Path
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from torch.utils.cpp_extension import _get_build_directory
+from qlora_kit.interruptions import Stopped, guard_compilations
 
-for name in ("deepspeed_shm_comm", "async_io", "pin_memory"):
-    lock = Path(_get_build_directory(name, verbose=False)) / "lock"
-    if lock.exists() and time.time() - lock.stat().st_mtime > 600:
-        lock.unlink()
+guard_compilations()
 
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
@@ -25,6 +20,9 @@ for builder in (ShareMemCommBuilder(), AsyncIOBuilder()):
         print(f"{builder.name}: what it is built from is not installed; its tests are skipped", file=sys.stderr)
         continue
     started = time.time()
-    builder.load(verbose=False)
+    try:
+        builder.load(verbose=False)
+    except Stopped:
+        sys.exit(143)
     if time.time() - started > 5:
         print(f"{builder.name} compiled in {time.time() - started:.0f} s", file=sys.stderr)

@@ -7,15 +7,14 @@ __all__ = ['REASONS', 'WORDS', 'lr_at', 'Plan', 'make_plan', 'Job', 'read_rows',
            'encode_rows', 'make_feed', 'compute_dtype', 'adapter_base', 'users_model', 'kits_model', 'build_model',
            'check_choices', 'deepspeed_config', 'make_engine', 'Progress', 'RunFailed', 'Step', 'take_step', 'Meter',
            'fit', 'check_walls', 'evaluate_step', 'state_of', 'heartbeat', 'check_place', 'end_reason', 'requests',
-           'Stopped', 'Signals', 'launchers', 'intact', 'watch_launcher', 'save', 'restore', 'make_job', 'new_run',
-           'newest_run', 'environment', 'answer', 'dequantized_if_local', 'memory_setup', 'as_words', 'memory_limit',
-           'choose_rungs', 'forecast', 'Result', 'train', 'open_run', 'choose_run', 'resumable', 'stored_settings',
-           'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'still_ours', 'limit_waiting', 'open_log', 'smaller',
-           'finish', 'ask_last', 'summarize', 'show_first_batch']
+           'save', 'restore', 'make_job', 'new_run', 'newest_run', 'environment', 'answer', 'dequantized_if_local',
+           'memory_setup', 'as_words', 'memory_limit', 'choose_rungs', 'forecast', 'Result', 'train', 'open_run',
+           'choose_run', 'resumable', 'stored_settings', 'keep_step', 'lost_ranks', 'end_badly', 'hushed', 'still_ours',
+           'limit_waiting', 'open_log', 'smaller', 'finish', 'ask_last', 'summarize', 'show_first_batch']
 
 # %% ../nbs/15_train.ipynb #15train002
 import importlib.metadata as metadata
-import json, logging, math, os, platform, re, shutil, signal, socket, subprocess, sys, threading, time
+import json, logging, math, os, platform, re, shutil, socket, subprocess, sys, time
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -36,6 +35,7 @@ from .data import Again, UserError, given_conversations, held_out, load_conversa
 from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
 from .evaluate import evaluate_loss, score_answers
 from .generate import dequantized, generate, stop_ids
+from .interruptions import Signals, Stopped, guard_compilations, launchers, watch_launcher
 from .linear import fast_linears
 from .loader import cache_folder, load_model, load_tokenizer, read_config, resolve_base
 from .ladder import RUNGS, climb, in_words
@@ -443,47 +443,6 @@ def requests(job:Job, engine)->set: # names of files that lie in control/, the s
     if asked and engine.rank == 0: clear_requests(job.run, ["save"])
     return {"save"} if asked else set()
 
-# %% ../nbs/15_train.ipynb #15train056
-class Stopped(BaseException):
-    "The run was told to end where nothing is to be saved; the message is SIGINT or SIGTERM."
-
-class Signals(list):
-    "Within `with`, SIGINT and SIGTERM raise `Stopped`, or are noted while `at_once` is off; the same one again, two seconds later, kills."
-    def __enter__(self):
-        self.before, self.at_once = {}, True
-        if threading.current_thread() is not threading.main_thread(): return self
-        for s in (signal.SIGINT, signal.SIGTERM): self.before[s] = signal.signal(s, self.note)
-        return self
-    def note(self, number, frame):
-        name, now = signal.Signals(number).name, time.monotonic()
-        if name in self and now-self.first > 2: os._exit(128+number)
-        self.first = now if not self else self.first
-        self.append(name)
-        if self.at_once: self.at_once = False; raise Stopped(name)
-    def __exit__(self, *_):
-        for s, handler in self.before.items(): signal.signal(s, handler)
-
-# %% ../nbs/15_train.ipynb #15train058
-def launchers()->list: # (child, parent) process numbers that must stay as they are; empty without a launcher
-    "The line from this rank up to the command that started it."
-    me, parent = os.getpid(), psutil.Process(os.getppid())
-    words = " ".join(parent.cmdline())
-    if "deepspeed.launcher.launch" in words: return [(me, parent.pid), (parent.pid, parent.ppid())]
-    return [(me, parent.pid)] if "torchrun" in words or "torch.distributed.run" in words else []
-
-def intact(links:list)->bool: # from `launchers`
-    "Does every process still have its parent?"
-    try: return all(psutil.Process(child).ppid() == parent for child, parent in links)
-    except psutil.NoSuchProcess: return False
-
-# %% ../nbs/15_train.ipynb #15train060
-def watch_launcher(links:list, every:float=1.0)->None: # from `launchers`; seconds between two looks
-    "End this process by SIGTERM, and so the run after its step, once a launcher is gone."
-    def watch():
-        while intact(links): time.sleep(every)
-        os.kill(os.getpid(), signal.SIGTERM)
-    if links: threading.Thread(target=watch, daemon=True).start()
-
 # %% ../nbs/15_train.ipynb #15train065
 def save(job:Job, engine, progress:Progress)->None:
     "Write a checkpoint."
@@ -680,7 +639,8 @@ def train(cfg:RunConfig, # the run
     "Run a config from beginning, or from a checkpoint, to adapter."
     several = bool(deepspeed) or int(os.environ.get("WORLD_SIZE", 1)) > 1
     if deepspeed: read_deepspeed(deepspeed)
-    if several: watch_launcher(launchers())
+    watch_launcher(launchers())
+    if several: guard_compilations()
     place = find_place(several)
     if several: limit_waiting()
     try:

@@ -57,6 +57,7 @@ NOT_READ_AGAIN_OR_UNDER_ANOTHER_NAME = {
     "merge.py": ["(folder/INDEX).write_text(", "(folder/name).write_text("],
     "memory.py": ['(Path(folder)/"config.json").write_text(text'],  # a temporary folder
     "launch.py": ['(told/"output").open("wb")'],  # what a process prints
+    "interruptions.py": ['file = path.open("w")'],  # holds nothing but its lock
     "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(out, "a"', 'open(folder/f"layer-{i}.safetensors", "wb")'],  # prints, lines, and what shape.json vouches for
 }
 

@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from qlora_kit.launch import run_app
@@ -278,6 +279,67 @@ def pretend(tmp_path):
     yield start
     for p in family(tmp_path):
         p.kill()
+
+
+DEAD = """
+import os, signal, subprocess, sys
+if sys.argv[1] == "told": # SIGTERM ends it, as it ends DeepSpeed's command; the process below it ignores the signal
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(1))
+middle = subprocess.Popen([sys.executable, "-c", sys.argv[2]], start_new_session=True)
+if sys.argv[1] == "killed": os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
+"""
+LATE = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(told := __import__("pathlib").Path(os.environ["QLORA_KIT_TELL"])/"up").touch()
+time.sleep(2)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env={**os.environ, "RANK": "0"}, start_new_session=True).wait()
+"""
+
+
+@pytest.mark.parametrize("how, code", [("killed", 1), ("told", 143)])
+def test_ranks_that_come_after_their_launcher_died_are_ended_too(tmp_path, how, code):
+    """Between the command and the ranks is a process that has not started them yet; these ranks do not watch by themselves."""
+    from qlora_kit.launch import Launched, family, launch_environment
+
+    process = subprocess.Popen([sys.executable, "-c", DEAD, how, LATE], env=launch_environment(2, tmp_path), start_new_session=True)
+    run, ended = Launched(["pretend"], 2, tmp_path, process), []
+    while not (tmp_path / "up").exists():
+        time.sleep(0.05)
+    waiting = threading.Thread(target=lambda: ended.append(run.wait([signal.SIGTERM] if how == "told" else [])), daemon=True)
+    waiting.start()
+    waiting.join(15)
+    left = family(tmp_path)
+    for p in left:
+        p.kill()
+    assert not left and ended == [code]
+    time.sleep(3)
+    assert family(tmp_path) == []
+
+
+def test_one_look_without_a_process_is_not_the_end(tmp_path, monkeypatch):
+    """One may be born during the look."""
+    from qlora_kit import launch as module
+
+    done, looks = subprocess.Popen(["true"]), iter([[], [psutil.Process()], [], []])
+    done.wait()
+    monkeypatch.setattr(module, "family", lambda told: next(looks))
+    monkeypatch.setattr(module, "ranks_of", lambda processes, alone: {})
+    assert module.Launched(["qlora-kit"], 1, tmp_path, done).wait() == 0 and list(looks) == []
+
+
+def test_a_launcher_that_says_0_without_a_word_of_its_ranks_has_failed(tmp_path):
+    """DeepSpeed's command does so when the process below it was killed."""
+    from qlora_kit.launch import Launched
+
+    done = subprocess.Popen(["true"])
+    done.wait()
+    assert [Launched(command, 2, tmp_path, done).exit_code() for command in (["deepspeed"], ["qlora-kit"], ["deepspeed", "--hostfile=hosts"])] == [1, 0, 0]
+    assert Launched(["deepspeed"], 2, tmp_path, done, asked=[(signal.SIGTERM, 0.0)]).exit_code() == 143
+    (tmp_path / "exit").write_text("0")
+    assert Launched(["deepspeed"], 2, tmp_path, done).exit_code() == 0
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

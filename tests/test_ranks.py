@@ -302,6 +302,57 @@ def test_ranks_save_when_their_launcher_is_gone(spied, tiny_llama, launcher, num
     run.process.communicate()
 
 
+def of_launch(folder):
+    """Living processes of the launches whose temporary folder this is, the ranks' helpers too."""
+    found = []
+    for p in psutil.process_iter():
+        try:
+            if p.status() != psutil.STATUS_ZOMBIE and p.environ().get("QLORA_KIT_TELL", "").startswith(str(folder)):
+                found.append(p)
+        except psutil.Error:
+            pass
+    return found
+
+
+def known_as(process):
+    """launch: the command; middle: DeepSpeed's process; rank."""
+    try:
+        if process.environ().get("RANK"):
+            return "rank"
+        return "middle" if "deepspeed.launcher.launch" in process.cmdline() else "command"
+    except psutil.Error:
+        return ""
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("killed, seen, later, more", [
+    ("launch", "middle", 0.5, []), ("launch", "rank", 3.0, ["--torchrun"]), ("command", "middle", 0.0, []), ("command", "rank", 4.0, []), ("middle", "middle", 1.0, []),
+    ("middle", "rank", 0.0, []),
+])
+def test_nothing_lives_on_after_a_launcher_that_is_killed_early(project, tiny_llama, tmp_path, killed, seen, later, more):
+    """Killed so many seconds after a process of that kind was seen: while the ranks import, or before there is one."""
+    words = settings(tiny_llama, "training.num_epochs=10000", f"training.output_dir={tmp_path}/run")
+    launched = subprocess.Popen(["qlora-kit", "launch", "configs/train_config.yaml", "--ranks", "2", *words, *more], cwd=project, env={**ENV, "TMPDIR": str(tmp_path)},
+                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while seen not in (kinds := {known_as(p): p.pid for p in of_launch(tmp_path)}):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(later)
+    os.kill(launched.pid if killed == "launch" else kinds[killed], signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    try:
+        while of_launch(tmp_path):
+            assert time.monotonic() < deadline, [p.cmdline() for p in of_launch(tmp_path)]
+            time.sleep(0.1)
+        time.sleep(1)
+        assert of_launch(tmp_path) == [] and launched.wait(20) == (-signal.SIGKILL if killed == "launch" else 1)
+    finally:
+        for p in [*of_launch(tmp_path), launched]:
+            p.kill()
+        launched.wait()
+
+
 @pytest.mark.ranks
 def test_two_hosts_and_one_of_them_is_told_to_stop(spied, tiny_llama):
     """Both are this machine, each with a launch of its own. The signal reaches one rank; both stop after the same step."""

@@ -386,33 +386,6 @@ def test_the_first_error_of_several_ranks_stands(tmp_path):
     assert isinstance(e, RunFailed) and "rank 1 ended without a word" in state()["error"]
 
 
-def test_a_rank_notices_that_its_launcher_is_gone(tmp_path):
-    """Three generations, named as DeepSpeed names them: when the first is killed, the third gets SIGTERM."""
-    (tmp_path / "deepspeed/launcher").mkdir(parents=True)
-    for part in ("deepspeed", "deepspeed/launcher"):
-        (tmp_path / part / "__init__.py").touch()
-    (tmp_path / "deepspeed/launcher/launch.py").write_text("import subprocess, sys\nsubprocess.Popen([sys.executable, 'rank.py']).wait()")
-    (tmp_path / "rank.py").write_text("""
-import sys, time
-sys.path.remove(sys.path[0])
-from qlora_kit.train import Signals, launchers, watch_launcher
-watch_launcher(launchers(), every=0.1)
-with Signals() as signals:
-    signals.at_once = False
-    open("up", "w").close()
-    while not signals: time.sleep(0.05)
-open("noted", "w").write(signals[0])
-""")
-    command = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.Popen([sys.executable, '-m', 'deepspeed.launcher.launch']).wait()"], cwd=tmp_path)
-    for file, act in (("up", command.kill), ("noted", command.wait)):
-        deadline = time.monotonic() + 120
-        while not (tmp_path / file).exists() or file == "noted" and not (tmp_path / file).read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        act()
-    assert (tmp_path / "noted").read_text() == "SIGTERM"
-
-
 @pytest.fixture
 def scored_config(tiny_config, tmp_path):
     """Three steps, and two questions before and after."""
