@@ -130,7 +130,7 @@ class DeepspeedConfig(Section):
     offload_param: Literal["none", "cpu", "nvme"] = "none"   # where shards wait while they are not used; stage 3
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None                             # a folder on a fast local disk
-    overlap_comm: bool = False                               # gather beside the computation
+    overlap_comm: bool | None = None                         # gather beside the computation; null: at stage 3, where every rank has a card
 
 # %% ../nbs/14_config.ipynb #14config021
 class RunConfig(Section):

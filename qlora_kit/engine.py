@@ -8,7 +8,8 @@ __all__ = ['OPTIMIZERS', 'MOMENTS', 'KEPT', 'trainable', 'make_optimizer', 'dims
            'set_local_scale', 'Place', 'free_port', 'sharing', 'find_place', 'leave', 'DeepSpeedEngine',
            'forgotten_scale', 'loss_scaler', 'sharded_step', 'sharded_total', 'sharded_scale', 'set_sharded_scale',
            'masters', 'base_optimizer', 'at_hand', 'empty_moments', 'held', 'fp32_copies', 'whole', 'gather_sharded',
-           'sharded_state', 'shard', 'put', 'load_sharded_state', 'reads_of', 'register_reads', 'Gathered']
+           'sharded_state', 'shard', 'put', 'load_sharded_state', 'reads_of', 'register_reads', 'layers_of',
+           'why_no_leaves', 'with_gradient', 'make_leaves', 'keep_trained', 'layer_elements', 'overlaps', 'Gathered']
 
 # %% ../nbs/09_engine.ipynb #09engine002
 import os
@@ -17,12 +18,15 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .data import UserError
+from .ladder import decoder_layers
+from .linear import Keep
 from .loss import target_places
 
 # %% ../nbs/09_engine.ipynb #09engine010
@@ -251,9 +255,11 @@ class DeepSpeedEngine:
         import deepspeed
         self.rank, self.ranks, self.device = self.place.rank, self.place.ranks, self.place.device
         self.params = trainable(self.module)
+        leaves = make_leaves(self.module, self.config["zero_optimization"], self.rank == 0)
         self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=self.optimizer, config=self.config)
         self.stage = self.ds.zero_optimization_stage()
-        if self.stage == 3: register_reads(self.module)
+        if self.stage == 3: register_reads(self.module, leaves)
+        if leaves: keep_trained(self)
         empty_moments(self.ds)
 
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss of this rank
@@ -425,11 +431,75 @@ def reads_of(module:nn.Module, # perhaps a LoRA module
     return [part.weight for side in ("lora_A", "lora_B") for part in getattr(module, side, {}).values()]
 
 def register_reads(module:nn.Module, # under stage 3; with all that it contains
+    leaves:list=(), # layers that are gathered whole, and hold what is read in them
     )->None:
     "Let each module's hooks gather what it reads of others."
     import deepspeed
+    inside = {m for layer in leaves for m in layer.modules()}
     for reader in module.modules():
+        if reader in inside: continue
         for weight in reads_of(reader): deepspeed.zero.register_external_parameter(reader, weight)
+
+# %% ../nbs/09_engine.ipynb #09engine085h
+def layers_of(module:nn.Module, # the module that computes the loss
+    )->list: # its decoder layers; empty where none are found
+    "The layers that one gathers whole."
+    try: return list(decoder_layers(module.model))
+    except (AttributeError, StopIteration, UserError): return []
+
+# %% ../nbs/09_engine.ipynb #09engine085j
+def why_no_leaves(module:nn.Module, # as for `layers_of`
+    zero:dict, # section `zero_optimization` of stage 3
+    )->str|None: # None: its layers can be gathered whole
+    "What speaks against hooks on decoder layers alone."
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        return "from nvme DeepSpeed reads into a few buffers, fewer than a layer has matrices"
+    if any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
+        return "transformers' gradient checkpointing calls a layer again with its hooks; leave it off, training.recompute does the same within"
+    if not layers_of(module): return "the model has no list of decoder layers"
+
+# %% ../nbs/09_engine.ipynb #09engine085l
+def with_gradient(seed:torch.Tensor, # any that requires a gradient
+    layer:nn.Module, inputs:tuple, # hidden states [B,T,D], and the rest
+    )->tuple: # the same numbers
+    "Hidden states with a graph."
+    x, *rest = inputs
+    if torch.is_grad_enabled() and not x.requires_grad: x = Keep.apply(x, seed)
+    return x, *rest
+
+def make_leaves(module:nn.Module, zero:dict, # as for `why_no_leaves`; any stage
+    say:bool=True, # tell a person why there are none
+    )->list: # the layers; empty below stage 3
+    "Ask stage 3 to hang its hooks on decoder layers, and on nothing inside; before `deepspeed.initialize`."
+    from deepspeed.utils import set_z3_leaf_module
+    if zero["stage"] < 3: return []
+    reason, layers = why_no_leaves(module, zero), layers_of(module)
+    for layer in layers: set_z3_leaf_module(layer, not reason)
+    if not reason:
+        for layer in layers: layer.register_forward_pre_hook(partial(with_gradient, torch.zeros(1, requires_grad=True)))
+        return layers
+    if say: print(f"stage 3 gathers matrix by matrix: {reason}", file=sys.stderr)
+    return []
+
+# %% ../nbs/09_engine.ipynb #09engine085n
+def keep_trained(engine:DeepSpeedEngine, # at stage 3, with leaves
+    )->None:
+    "What is trained stays whole from its first use in a step to the update, and comes with its layer."
+    at_home = engine.config["zero_optimization"].get("offload_param", {}).get("device", "none") == "none"
+    for p in engine.params.values(): p.ds_persist = p.ds_persist or at_home
+    engine.ds.optimizer.persistent_parameters.clear()
+
+# %% ../nbs/09_engine.ipynb #09engine085p
+def layer_elements(module:nn.Module, # the module that computes the loss
+    )->tuple[int|None,int]: # elements of a decoder layer's frozen matrices, None where no layers are found; and of all that is trained
+    "What page 08 asks for."
+    size, matrix = lambda p: getattr(p, "ds_numel", p.numel()), lambda p: len(getattr(p, "ds_shape", p.shape)) > 1
+    layers = [sum(size(p) for p in layer.parameters() if matrix(p) and not p.requires_grad) for layer in layers_of(module)]
+    return max(layers, default=None), sum(map(size, trainable(module).values()))
+
+def overlaps(stage:int)->bool: # 0 to 3
+    "Whether gathers can run beside the computation, on a stream of their own: under NCCL, which asks for a card for each rank."
+    return stage == 3 and torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
 
 # %% ../nbs/09_engine.ipynb #09engine086
 class Gathered:

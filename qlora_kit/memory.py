@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'MODEL', 'TRACED', 'MANY', 'GB', 'shape_text', 'Setup', 'stand_in', 'fill', 'Anatomy', 'count', 'anatomy',
-           'scale_bytes', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'layer_input', 'trace',
-           'short_model', 'forward', 'measure_loss', 'loss_peak', 'by_module', 'trace_rung', 'share', 'moment_bytes',
-           'trained_bytes', 'resident', 'loading', 'gathered', 'rungs_of', 'backward_peak', 'kept_in_all', 'Prediction',
-           'predict', 'memory_table', 'plot_memory', 'Fit', 'context', 'fit_card', 'parse_size', 'changes',
-           'smallest_change', 'fill_card', 'descend', 'traffic', 'traffic_seconds']
+           'scale_bytes', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'layer_input', 'by_layer',
+           'stays_whole', 'trace', 'short_model', 'forward', 'measure_loss', 'loss_peak', 'by_module', 'trace_rung',
+           'share', 'moment_bytes', 'trained_bytes', 'resident', 'loading', 'gathered', 'rungs_of', 'backward_peak',
+           'kept_in_all', 'Prediction', 'predict', 'memory_table', 'plot_memory', 'Fit', 'context', 'fit_card',
+           'parse_size', 'changes', 'smallest_change', 'fill_card', 'descend', 'traffic', 'traffic_seconds']
 
 # %% ../nbs/07_memory.ipynb #07memory002
 import json, math, re, tempfile, weakref
@@ -256,11 +256,20 @@ def layer_input(setup:Setup)->int: # bytes
     a = anatomy(setup)
     return setup.batch*setup.length*a.width*a.itemsize
 
+# %% ../nbs/07_memory.ipynb #07memory036c
+def by_layer(setup:Setup)->bool: # False below stage 3 too
+    "Whether stage 3 gathers a layer as one; from a disk each matrix comes alone."
+    return setup.stage == 3 and setup.offload_param != "nvme"
+
+def stays_whole(setup:Setup)->bool:
+    "Whether a rank keeps all of the adapter from its first use in a step to the update, beside its share."
+    return by_layer(setup) and setup.offload_param == "none" and setup.ranks > 1
+
 # %% ../nbs/07_memory.ipynb #07memory037
 @lru_cache(256)
-def trace(setup:Setup)->Trace: # cards and optimizer make no difference, nor stages below 3
+def trace(setup:Setup)->Trace: # cards and optimizer make no difference, nor does the stage where hooks are on layers alone
     "Run a training step on meta and write down its memory."
-    model, known, path = short_model(Setup(**{name: getattr(setup, name) for name in (*MODEL, "dropout", "recompute", "fast")}, stage=setup.stage//3*3))
+    model, known, path = short_model(Setup(**{name: getattr(setup, name) for name in (*MODEL, "dropout", "recompute", "fast")}, stage=3*(setup.stage == 3 and not by_layer(setup))))
     ledger = Ledger(known, path)
     with fused(setup.device), ledger:
         hidden = forward(model, setup)
@@ -284,7 +293,7 @@ def short_model(m:Setup # only what concerns the model may differ from the defau
         with Ledger([]), fused("cpu"): fast_linears(model)
         fast_pointwise(model)
     climb(model, m.recompute)
-    for mlp in filter(None, map(mlp_of, decoder_layers(model) if m.stage == 3 else ())): # hooks that gather hide the recipe of its input
+    for mlp in filter(None, map(mlp_of, decoder_layers(model) if m.stage == 3 else ())): # hooks inside of a layer hide the recipe of its input
         mlp.register_forward_pre_hook(lambda _, args: (args[0].view_as(args[0]), *args[1:]))
     known = [*model.parameters(), *model.buffers()]
     for name, module in model.named_modules():
@@ -364,6 +373,7 @@ def trained_bytes(setup:Setup)->dict: # name → bytes on one rank
     n, moments = sum(a.adapter), moment_bytes(s.optimizer)
     if s.stage == 0 and W == 1: return {"adapter": 4*n, "gradients": 4*n, "optimizer": int(moments*n)}
     adapter, gradients = share([a.itemsize*x for x in a.adapter], s, a.itemsize), (a.itemsize if s.stage == 0 else 4)*n
+    if stays_whole(s): adapter = a.itemsize*(n - -n//W)
     gradients = -(-gradients//W) if s.stage >= 2 else gradients
     optimizer = int((4 + moments)*n/(W if s.stage else 1))
     bucket = min(n, a.width**2)*a.itemsize
@@ -392,9 +402,10 @@ def gathered(setup:Setup)->tuple[int, int]: # bytes during the loss, during a la
     "Whole weights that stage 3 assembles for a moment."
     a = anatomy(setup)
     if setup.stage < 3 or setup.ranks == 1 and setup.offload_param == "none": return 0, 0
-    layer = (sum(a.packed) + sum(a.other) + a.itemsize*sum(a.adapter))/a.layers
+    layer = (sum(a.packed) + sum(a.other) + (0 if stays_whole(setup) else a.itemsize*sum(a.adapter)))/a.layers
+    room = by_layer(setup) and max(a.wide)/a.itemsize < 2*layer + sum(a.adapter) # in elements; packed ones are bytes
     whole = 1 if setup.offload_param == "none" else 1 + 1/setup.ranks # a share that waits elsewhere is fetched before it is gathered
-    return int(max(a.wide)*whole), int(min(2, a.layers)*layer*whole)
+    return int((max(a.wide) + room*layer)*whole), int(min(3 if by_layer(setup) else 2, a.layers)*layer*whole)
 
 # %% ../nbs/07_memory.ipynb #07memory063
 def rungs_of(setup:Setup)->tuple: # L names
@@ -567,9 +578,9 @@ def traffic(setup:Setup)->dict: # name → bytes
     if s.stage < 3: return {"gradients": int(gradients), "updated adapter": int(part*n)}
     each, weights = part*s.accumulation, [*a.packed, *a.other]
     layer = sum(weights)/a.layers - max(weights) # all but its last linear, which is as large as any
-    once_more = {"layer": layer, "host": layer, "mlp": a.mlp, "mlp_host": a.mlp}
+    once_more = {} if by_layer(s) else {"layer": layer, "host": layer, "mlp": a.mlp, "mlp_host": a.mlp}
     return {"linear layers": int(each*(2*sum(weights) + sum(once_more.get(rung, 0) for rung in rungs_of(s)))), "embedding and head": int(2*each*max(a.wide)),
-            "adapter": int(2*each*n), "gradients": int(gradients)}
+            "adapter": int(part*n if stays_whole(s) else 2*each*n), "gradients": int(gradients)}
 
 # %% ../nbs/07_memory.ipynb #07memory098
 def traffic_seconds(setup:Setup,

@@ -32,7 +32,7 @@ from .batches import Feed, attend_documents, check_packing, row_weights, target_
 from .checkpoint import State, check_names, check_resume, checkpoint_info, checkpoints, load_checkpoint, newest_checkpoint, save_checkpoint, seed_step, share_step
 from .config import RunConfig, call_with, check, config_yaml, load_hook, looks_like_path, read_yaml
 from .data import Again, UserError, given_conversations, held_out, load_conversations, split, stream_conversations, write_atomic
-from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, make_optimizer, optimizer_class
+from .engine import Numbers, DeepSpeedEngine, LocalEngine, Place, find_place, layer_elements, make_optimizer, optimizer_class, overlaps
 from .evaluate import evaluate_loss, score_answers
 from .generate import dequantized, generate, stop_ids
 from .interruptions import Signals, Stopped, guard_compilations, launchers, watch_launcher
@@ -261,15 +261,19 @@ def deepspeed_config(cfg:RunConfig, # the run
     place:Place, # this process among the ranks
     hidden_size:int, # model width, for the bucket sizes
     deepspeed:str|None=None, # path of a DeepSpeed file
+    layer:int|None=None, trained:int=0, # elements of a decoder layer and of what is trained; for the engine
     )->dict|None: # complete; None: one process, without DeepSpeed
     "What DeepSpeed is asked for."
     if not deepspeed and place.ranks == 1: return None
     t, z, dtype = cfg.training, cfg.deepspeed, compute_dtype(cfg.training.dtype, place.device)
+    file = read_deepspeed(deepspeed) if deepspeed else {}
+    stage = file.get("zero_optimization", {}).get("stage", "auto")
+    overlap = overlaps(z.stage if stage == "auto" else stage) if z.overlap_comm is None else z.overlap_comm
     config = zero_config(z.stage, t.batch_size, t.gradient_accumulation_steps, t.max_grad_norm, dtype, hidden_size, z.offload_param, z.offload_optimizer,
-                         z.nvme_path, cfg.model.quant_storage, z.overlap_comm, t.recompute not in ("dense", "none", "pointwise"))
+                         z.nvme_path, cfg.model.quant_storage, overlap, layer, trained)
     said = {"stage": "stage", "overlap_comm": "overlap_comm", "offload_param": "offload_param.device", "offload_optimizer": "offload_optimizer.device"}
-    fixed = tuple(f"zero_optimization.{said[key]}" for key in said if key in z.model_fields_set)
-    if deepspeed: config = resolve(read_deepspeed(deepspeed), config, str(deepspeed), fixed)
+    fixed = tuple(f"zero_optimization.{said[key]}" for key in said if key in z.model_fields_set and getattr(z, key) is not None)
+    if deepspeed: config = resolve(file, config, str(deepspeed), fixed)
     check_storage(cfg.model.quant_storage, dtype, config["zero_optimization"].get("offload_param", {}).get("device", "none"))
     return config
 
@@ -278,8 +282,9 @@ def make_engine(job:Job, # the run
     deepspeed:str|None=None, # path of a DeepSpeed file
     ): # LocalEngine or DeepSpeedEngine
     "The engine that this run needs."
-    t, config = job.cfg.training, deepspeed_config(job.cfg, job.place, job.model.config.hidden_size, deepspeed)
+    t = job.cfg.training
     module = LossModel(job.model, neftune_alpha=t.neftune_alpha)
+    config = deepspeed_config(job.cfg, job.place, job.model.config.hidden_size, deepspeed, *layer_elements(module))
     optimizer = make_optimizer(module, t.weight_decay, t.optimizer, t.loraplus_ratio)
     if config is None: return LocalEngine(module, optimizer, t.max_grad_norm, job.device, compute_dtype(t.dtype, job.device) == "float16")
     check_devices(job.model)

@@ -19,13 +19,14 @@ from .data import UserError
 # %% ../nbs/08_zero.ipynb #08zero018
 def bucket_sizes(hidden_size:int, # D
     quant_storage:str="uint8", # dtype that carries the packed codes
-    recompute:bool=False, # a layer's forward runs again right before its backward
+    layer:int|None=None, # elements of a decoder layer's matrices; None: as many as 12 D² weights are
+    trained:int=0, # elements that stay whole while a step goes on
     )->dict: # by DeepSpeed's key, in elements
-    "Buffers about as large as one square weight; gathered weights of less than two layers."
-    square, packed = hidden_size**2, max(1, hidden_size**2//CODES[quant_storage])
+    "Buffers about as large as one square weight; a layer in use and a layer on its way."
+    square, layer = hidden_size**2, layer or 12*hidden_size**2//CODES[quant_storage]
     return {"reduce_bucket_size": square, "allgather_bucket_size": 2*square, # even, as DeepSpeed wants it
-            "stage3_prefetch_bucket_size": packed, "stage3_param_persistence_threshold": 10*hidden_size,
-            "stage3_max_live_parameters": 18*packed, "stage3_max_reuse_distance": 24*packed if recompute else packed}
+            "stage3_prefetch_bucket_size": layer, "stage3_param_persistence_threshold": 10*hidden_size,
+            "stage3_max_live_parameters": 2*layer + trained, "stage3_max_reuse_distance": layer}
 
 CODES = {"uint8": 2, "float16": 4, "bfloat16": 4, "float32": 8} # 4-bit codes in one element
 
@@ -41,12 +42,12 @@ def zero_config(stage:int=3, # 0 to 3
     nvme_path:str|None=None, # folder on a fast disk
     quant_storage:str="uint8", # dtype that carries the packed codes
     overlap:bool=False, # gather beside the computation
-    recompute:bool=False, # activations are recomputed layer by layer
+    layer:int|None=None, trained:int=0, # elements of a decoder layer and of what is trained, as for `bucket_sizes`
     largest:int=10**8, # elements of the largest shard, for the buffers between disk and card
     )->dict: # DeepSpeed config without "auto"
     "A complete DeepSpeed config (ZeRO, arXiv 1910.02054) from a few choices; `UserError` for a choice out of range."
     for name, value, allowed in (("stage", stage, (0, 1, 2, 3)), ("dtype", dtype, tuple(SHORT)), ("quant_storage", quant_storage, tuple(CODES))): _one_of(name, value, allowed)
-    zero = {"stage": stage, "overlap_comm": overlap, "contiguous_gradients": True, **bucket_sizes(hidden_size, quant_storage, recompute),
+    zero = {"stage": stage, "overlap_comm": overlap, "contiguous_gradients": True, **bucket_sizes(hidden_size, quant_storage, layer, trained),
             **offload_sections(offload_param, offload_optimizer, nvme_path, largest)}
     config = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_accumulation_steps": accumulation, "gradient_clipping": max_grad_norm,
               **precision(dtype, stage), "zero_optimization": zero, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,

@@ -295,7 +295,8 @@ leave()
 
 @pytest.mark.ranks
 def test_zero3_frees_what_it_gathered(tmp_path):
-    """Two CPU ranks, six layers. Real DeepSpeed hooks; at most two decoder layers of packed weights in forward, recompute and backward."""
+    """Two CPU ranks, six layers. Real DeepSpeed hooks, on layers or, where transformers recomputes, on linears; at most three decoder layers of packed weights in forward,
+    recompute and backward, and one without looking ahead."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPE | {"num_hidden_layers": 6})
     config.save_pretrained(tmp_path)
@@ -311,8 +312,8 @@ def test_zero3_frees_what_it_gathered(tmp_path):
     assert codes == [0, 0], [(tmp_path/f"err{r}").read_text()[-3000:] for r in (0, 1)]
     results = json.loads((tmp_path/"out0").read_text().splitlines()[-1])
     for losses, _ in results: assert losses == pytest.approx(results[-1][0], rel=1e-5) # the last case is PEFT's forward
-    for _, most in results[:-1]: assert max(most.values()) <= 2, most
-    assert max(results[0][1].values()) < 0.5 and results[0][1]["end"] == 0 # one linear at a time
+    for _, most in results[:-1]: assert max(most.values()) <= 3, most
+    assert max(results[0][1].values()) <= 1 and results[0][1]["end"] == 0 # one layer at a time
     assert results[1][1]["recompute"] > 0 and max(results[-1][1].values()) > 5 # bitsandbytes keeps all six
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from qlora_kit.data import UserError
 from qlora_kit.ladder import HOST_WALK, WALK, ladder
-from qlora_kit.memory import GB, Setup, anatomy, changes, fill_card, fit_card, kept_in_all, parse_size, predict, replace, resident, rungs_of, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
+from qlora_kit.memory import GB, Setup, anatomy, changes, fill_card, fit_card, gathered, kept_in_all, parse_size, predict, replace, resident, rungs_of, shape_text, smallest_change, stand_in, trace, trace_rung, traffic
 
 HERE = Path(__file__).parent
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
@@ -129,7 +129,9 @@ def test_what_waits_in_host_memory_is_known_by_name():
     """A layer on `mlp_host`: both norms' inputs, q and attention's result are as wide as the hidden states, k and v a quarter. On `host`: its input."""
     for rung, each in (("mlp_host", 4.5), ("host", 1)):
         assert predict(replace(EIGHT, recompute=rung)).elsewhere == {"activations": 32 * each * X}
-    assert trace_rung(replace(EIGHT, stage=3, ranks=2), "mlp").kept - trace_rung(EIGHT, "mlp").kept == 32 * X  # without its recipe the MLP's input is kept too
+    disk = replace(EIGHT, stage=3, ranks=2, offload_param="nvme")
+    assert trace_rung(disk, "mlp").kept - trace_rung(EIGHT, "mlp").kept == 32 * X  # hooks on each linear: without its recipe the MLP's input is kept too
+    assert trace_rung(replace(disk, offload_param="none"), "mlp") == trace_rung(EIGHT, "mlp")
     mixed = replace(EIGHT, recompute=("mlp_host",) * 31 + ("mlp",))
     assert kept_in_all(mixed) == pytest.approx(kept_in_all(replace(EIGHT, recompute="mlp_host")) + 4.5 * X + 6 * X, rel=0.01)  # the last ones sent are still there
 
@@ -173,15 +175,30 @@ def test_shards_add_up_and_small_tensors_stay_whole():
 def test_sizes_agree_with_the_deepspeed_config():
     from qlora_kit.zero import bucket_sizes
 
-    sizes = bucket_sizes(4096)
+    a = anatomy(Setup("llama-3.1-8b"))
+    layer, trained = sum(a.packed) // a.layers, sum(a.adapter)
+    sizes = bucket_sizes(4096, layer=layer, trained=trained)
     assert sizes["stage3_param_persistence_threshold"] == 10 * 4096 and sizes["reduce_bucket_size"] == 4096**2
+    assert sizes["stage3_max_live_parameters"] + max(a.packed) < 3 * layer  # the one over the limit included
+
+
+def test_stage_3_holds_up_to_three_layers_and_the_adapter():
+    """The head of 8B is larger than two layers and the adapter, so nothing is gathered beside it; 70B has wider layers, and one is."""
+    for shape, beside in (("llama-3.1-8b", 0), ("llama-3.1-70b", 1)):
+        s, a = Setup(shape, ranks=2, stage=3), anatomy(Setup(shape))
+        layer = (sum(a.packed) + sum(a.other)) / a.layers
+        assert gathered(s) == (int(max(a.wide) + beside * layer), int(3 * layer))
+        assert resident(s)[0]["adapter"] == 2 * sum(a.adapter) * 3 // 2  # all of it, and a rank's share
+        assert gathered(replace(s, offload_param="nvme"))[1] == int(2 * (layer + 2 * sum(a.adapter) / a.layers) * 3 / 2)
 
 
 def test_offload_moves_bytes_off_the_card():
     s = Setup("llama-3.1-8b", ranks=2, stage=3)
     here, there = resident(replace(s, offload_param="cpu", offload_optimizer="cpu"))
     kept = resident(s)[0]
-    assert sum(here.values()) + sum(there.values()) == sum(kept.values()) and there["packed weights"] == kept["packed weights"]
+    same = kept.keys() - {"adapter"}  # which is whole on the card, beside its share, only where nothing is elsewhere
+    assert sum(here.values()) + sum(there[k] for k in there.keys() & same) == sum(kept[k] for k in same) and there["packed weights"] == kept["packed weights"]
+    assert there["adapter"] < kept["adapter"] / 2
     assert here["packed weights"] == here["optimizer"] == 0 < here["scales"]
 
 
@@ -191,7 +208,9 @@ def test_nf4_moves_a_quarter_of_bf16():
     assert bf16["linear layers"] == pytest.approx(4 * nf4["linear layers"], rel=0.01)
     assert nf4["linear layers"] == 3 * traffic(replace(s, accumulation=1))["linear layers"]
     assert nf4["linear layers"] == pytest.approx(3 * 2 * 7 / 8 * sum(anatomy(s).packed), rel=0.01)
-    again = traffic(replace(s, recompute="layer"))["linear layers"] - nf4["linear layers"]  # all but down_proj, of 8192 × 28672, a third time
+    assert traffic(replace(s, recompute="layer")) == nf4 and nf4["adapter"] == int(7 / 8 * 2 * sum(anatomy(s).adapter))  # the adapter once a step
+    disk = replace(s, offload_param="nvme")
+    again = traffic(replace(disk, recompute="layer"))["linear layers"] - nf4["linear layers"]  # matrix by matrix: all but down_proj, of 8192 × 28672, a third time
     assert again == pytest.approx(nf4["linear layers"] / 2 * (1 - 28672 / (28672 * 3 + 8192 * 2 + 1024 * 2)), rel=0.01)
     assert sum(traffic(replace(s, stage=0)).values()) < nf4["linear layers"] / 50
 
@@ -201,7 +220,7 @@ import json, sys
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from qlora_kit.engine import DeepSpeedEngine, find_place, leave, make_optimizer
+from qlora_kit.engine import DeepSpeedEngine, find_place, layer_elements, leave, make_optimizer
 from qlora_kit.ladder import climb
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import load_model
@@ -223,9 +242,10 @@ place, ids, said = find_place(several=True), torch.randint(60, (2, 16)), []
 for folder, rung in json.loads(sys.argv[1]):
     model = add_lora(load_model(folder), r=4).train()
     fast_linears(model); fast_pointwise(model); climb(model, rung)
-    config = zero_config(hidden_size=64, recompute=rung != "none")
-    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     module = LossModel(model)
+    elements, trained = layer_elements(module)
+    config = zero_config(hidden_size=64, layer=elements, trained=trained)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     engine = DeepSpeedEngine(module, make_optimizer(module), config, place)
     for step in range(3): # the first is noted, the others gather ahead
         with Received() as received: engine.backward(engine.forward(dict(input_ids=ids, labels=ids)), n=60)

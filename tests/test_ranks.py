@@ -74,6 +74,27 @@ def test_five_steps_on_two_ranks_equal_one_process(project, tiny_llama):
     assert stage["zero_optimization"]["stage"] == 3 and "auto" not in json.dumps(stage)
 
 
+@pytest.mark.ranks
+def test_packed_rows_evaluations_and_answers_on_two_ranks_are_those_of_one_process(project, tiny_llama):
+    """Stage 3 before, between and after steps; fp32 sums in another order."""
+    from conftest import write_rows
+
+    write_rows(project / "data/score.json", 2)
+    common = settings(tiny_llama, "training.max_steps=4", "training.save_steps=4", "training.eval_steps=2", "data.packing=best_fit", "training.max_length=96", "data.validation_split=0.2",
+                      "model.lora_dropout=0.0", "training.gradient_accumulation_steps=2")
+    common[common.index("data.score=none")] = "data.score=exact_match"
+    launch(project, 2, *common, "data.score_file=data/score.json", "training.batch_size=1", "training.output_dir=runs/packed-two")
+    alone(project, *common, "data.score_file=data/score.json", "training.batch_size=2", "training.output_dir=runs/packed-one")
+    two, one = (project / "runs" / n for n in ("packed-two", "packed-one"))
+    assert len(read_metrics(one)) == len(read_metrics(two)) == 4
+    for a, b in zip(read_metrics(one), read_metrics(two)):
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b.get("val_loss") == (pytest.approx(a["val_loss"], rel=1e-5) if "val_loss" in a else None)
+    answers = [json.loads((run / "answers.json").read_text()) for run in (one, two)]
+    assert answers[0] == answers[1] and all({"before", "after"} <= entry.keys() for entry in answers[0])
+    zero = json.loads((two / "deepspeed.json").read_text())["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 18432 and zero["overlap_comm"] is False  # one byte for two of a layer's 36,864 weights; gloo
+
+
 SPY = """
 import json, os, signal, time
 import torch

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.checkpoint import checkpoints, load_checkpoint
-from qlora_kit.config import load_config
+from qlora_kit.config import config_yaml, load_config
 from qlora_kit.data import UserError
 from qlora_kit.engine import find_place
 from qlora_kit.monitor import read_metrics
@@ -552,3 +552,24 @@ def test_a_run_lets_go_of_its_folder_however_it_ends(tiny_config, whole, monkeyp
         with pytest.raises(module.Stopped):
             run(tiny_config("let-go"))
     assert not monitor.HELD
+
+
+@pytest.mark.parametrize("said, stage, backend, overlap", [(None, 3, "nccl", True), (None, 3, "gloo", False), (None, 2, "nccl", False), (False, 3, "nccl", False), (True, 2, "gloo", True)])
+def test_gathers_run_beside_the_computation_where_every_rank_has_a_card(tiny_config, tmp_path, monkeypatch, said, stage, backend, overlap):
+    """By default; a word of the run's config or of the DeepSpeed file counts, and the file's stage does."""
+    from qlora_kit.train import deepspeed_config
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    choice = {} if said is None else {"deepspeed__overlap_comm": said}
+    cfg, place = load_config(tiny_config("overlap", deepspeed__stage=stage, **choice)), find_place()
+    place.ranks = 2
+    assert deepspeed_config(cfg, place, 64)["zero_optimization"]["overlap_comm"] is overlap
+    if said is not None or stage != 3: return
+    cfg, file = load_config(tiny_config("file")), tmp_path / "ds.json"
+    for zero, expected in (({"stage": 2}, False), ({"stage": "auto", "overlap_comm": "auto"}, overlap), ({"overlap_comm": False}, False)):
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        assert deepspeed_config(cfg, place, 64, str(file))["zero_optimization"]["overlap_comm"] is expected, zero
+    again = tmp_path / "again.yaml"  # as a run folder keeps it, every default written down
+    again.write_text(config_yaml(cfg))
+    assert deepspeed_config(load_config(again), place, 64)["zero_optimization"]["overlap_comm"] is overlap

@@ -4,6 +4,7 @@
     python nbs/studies/several_cards.py --part 2     loading 8B, 32B and 70B
     python nbs/studies/several_cards.py --part 3     throughput, memory and traffic at stages 0, 2 and 3
     python nbs/studies/several_cards.py --part 4     70B with optimizer and parameters in the CPU's memory
+    python nbs/studies/several_cards.py --part 5     stage 3 matrix by matrix and layer by layer, beside stage 2
 
 A part is a few launches of two processes. It takes five minutes at most, deletes its files, and adds its numbers to a file of JSON lines.
 `--only` picks one launch; `--tiny` runs everything on two CPU ranks.
@@ -11,10 +12,12 @@ A part is a few launches of two processes. It takes five minutes at most, delete
 import argparse, gc, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 import importlib.metadata as metadata
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 os.environ |= {"NCCL_NVLS_ENABLE": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # NVLink multicast stays off
 
@@ -30,10 +33,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.batches import target_weight
 from qlora_kit.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
-from qlora_kit.engine import DeepSpeedEngine, LocalEngine, Place, find_place, free_port, leave, make_optimizer
+from qlora_kit.engine import DeepSpeedEngine, LocalEngine, Place, find_place, free_port, layer_elements, leave, make_optimizer
+from qlora_kit.ladder import climb
 from qlora_kit.linear import fast_linears
 from qlora_kit.loader import INDEX, finish, is_packed, load_model, packed_hash, quantization_config, scales, skeleton, slots
-from qlora_kit.lora import add_lora, recompute_layers, save_adapter
+from qlora_kit.lora import add_lora, save_adapter
 from qlora_kit.loss import LossModel
 from qlora_kit.memory import GB, Setup, fit_card, shape_text, stand_in, traffic
 from qlora_kit.monitor import resident_bytes
@@ -97,7 +101,7 @@ def prepare(model, zero):
     """Update and fast forms, in the order of a training run."""
     model = add_lora(model, 16, 32, seed=0)
     if zero and zero["zero_optimization"]["stage"] == 3: cast_trained(model, torch.bfloat16 if zero["bf16"]["enabled"] else torch.float32)
-    recompute_layers(model); fast_linears(model); fast_pointwise(model)
+    fast_linears(model); fast_pointwise(model); climb(model, "layer")
     return LossModel(model).train()
 
 def make_engine(module, zero, place):
@@ -132,7 +136,7 @@ def rows(study, step, vocab):
 def learn(study, name, dtype, start=None):
     """Train to step 20, from the beginning or from another run's step 10; leave losses, hashes, adapter and a checkpoint of step 10."""
     place, folder, args = study.place, study.scratch / f"{name}-{dtype}", dict(dtype=getattr(torch, dtype))
-    zero = zero_config(3, 4 // W, dtype=dtype, hidden_size=SMALL["hidden_size"], recompute=True) if place.ranks > 1 else None
+    zero = zero_config(3, 4 // W, dtype=dtype, hidden_size=SMALL["hidden_size"]) if place.ranks > 1 else None
     base = load_sharded(study.scratch / "model", zero, **args) if zero else load_model(study.scratch / "model", **args, device=place.device, quiet=True)
     said, losses, module = dict(loaded=hashes(study, base)), [], prepare(base, zero)
     engine = make_engine(module, zero, place)
@@ -289,14 +293,25 @@ def collective_seconds(step):
         if CUDA: torch.cuda.synchronize()
     return sum(e.self_device_time_total if CUDA else e.cpu_time_total for e in prof.key_averages() if e.key.startswith("ncclDevKernel" if CUDA else "gloo:")) / 1e6
 
+SINGLY = "matrix by matrix"  # in place of overlap: hooks on every linear, without overlap, under buffers of less than two layers
+
+def sizes(setup, text, overlap, module=None):
+    """The DeepSpeed config: for loading, or for training a module."""
+    width, (layer, trained) = json.loads(text)["hidden_size"], layer_elements(module) if module else (None, 0)
+    zero = zero_config(setup.stage, setup.batch, dtype=str(DTYPE)[6:], hidden_size=width, offload_param=setup.offload_param,
+                       offload_optimizer=setup.offload_optimizer, overlap=overlap is True, layer=layer, trained=trained)
+    packed = width**2 // 2
+    single = dict(stage3_prefetch_bucket_size=packed, stage3_max_live_parameters=18 * packed, stage3_max_reuse_distance=24 * packed)
+    return zero | dict(zero_optimization=zero["zero_optimization"] | (single if overlap == SINGLY else {}))
+
 def measure(study, setup, text, overlap, warm, timed, deep):
     """Build and train; one entry for each rank."""
-    zero = zero_config(setup.stage, setup.batch, dtype=str(DTYPE)[6:], hidden_size=json.loads(text)["hidden_size"], offload_param=setup.offload_param,
-                       offload_optimizer=setup.offload_optimizer, overlap=overlap, recompute=True) if setup.ranks > 1 else None
+    zero = sizes(setup, text, overlap) if setup.ranks > 1 else None
     torch.manual_seed(study.place.rank if setup.stage == 3 else 0)
     with Watch() as built:
         module = prepare(sharded_stand_in(text, zero) if setup.stage == 3 else stand_in(text, dtype=DTYPE, device=study.place.device), zero)
-        engine = make_engine(module, zero, study.place)
+        zero = zero and sizes(setup, text, overlap, module)
+        with patch("qlora_kit.engine.make_leaves", lambda *args: []) if overlap == SINGLY else nullcontext(): engine = make_engine(module, zero, study.place)
     ids = torch.randint(500, (setup.batch, setup.length), generator=torch.Generator().manual_seed(study.place.rank))
     def step():
         loss = engine.forward(dict(input_ids=ids, labels=ids))
@@ -306,7 +321,7 @@ def measure(study, setup, text, overlap, warm, timed, deep):
     for _ in range(warm): step()
     with Watch() as watch: losses = [step() for _ in range(timed)]
     card = (watch.card_before - built.card_before) / GB + watch.card
-    said = dict(build_s=built.seconds, step_s=watch.seconds / timed, card_gb=card, host_gb=max(built.most, watch.most) / GB - built.host_before / GB, loss=losses[-1])
+    said = dict(build_s=built.seconds, step_s=watch.seconds / timed, card_gb=card, host_gb=max(built.most, watch.most) / GB - built.host_before / GB, loss=losses[-1], losses=losses)
     if deep and zero:
         said["collective_s"] = collective_seconds(step)
         with torch.compiler.set_stance("force_eager"), Received() as received: step()
@@ -349,12 +364,15 @@ OPTIMIZER = [("optimizer on the CPU", TWO | dict(stage=3, offload_optimizer="cpu
 ALL_AWAY = [("parameters and optimizer on the CPU", TWO | dict(stage=3, offload_param="cpu", offload_optimizer="cpu"), False)]
 train_8b, train_70b = partial(training, shape="llama-3.1-8b", batch=4), partial(training, shape="llama-3.1-70b", batch=1)
 away = partial(train_70b, warm=1, timed=2, deep=False)
+WAYS = [("stage 2", TWO | dict(stage=2), False), ("stage 3, matrix by matrix", TWO | dict(stage=3), SINGLY), ("stage 3", TWO | dict(stage=3), True),
+        ("stage 3, no overlap", TWO | dict(stage=3), False)]
 
 LAUNCHES = {1: {"two": partial(two_ranks, name="two"), "resumed": partial(two_ranks, name="resumed", start="two"), "one": one_process},
             2: {"load": loading},
             3: {"8b": lambda study: (link(study), train_8b(study, cases=PLAIN)), "70b": partial(train_70b, cases=PLAIN),
                 "overlap": lambda study: (train_8b(study, cases=OVERLAP), train_70b(study, cases=OVERLAP))},
-            4: {"optimizer": partial(away, cases=OPTIMIZER), "all": partial(away, cases=ALL_AWAY)}}  # DeepSpeed's hooks keep a stage-3 model alive, so a large one is the last of its launch
+            4: {"optimizer": partial(away, cases=OPTIMIZER), "all": partial(away, cases=ALL_AWAY)},
+            5: {"ways": partial(train_8b, cases=WAYS, warm=4, timed=6)}}  # DeepSpeed's hooks keep a stage-3 model alive, so a large one is the last of its launch
 
 def launch(args, name, seconds):
     """Start the ranks of one launch and wait; what is not done in time is ended."""
@@ -380,6 +398,8 @@ def show(lines):
     for what in dict.fromkeys(line["what"] for line in lines if line["what"] != "machine"):
         kept = [{k: short(v) for k, v in line.items() if k not in ("part", "date", "card", "what", "losses", "change")} for line in lines if line["what"] == what]
         print(pd.DataFrame(kept).to_string(index=False), "\n")
+    for line in lines:
+        if line["what"] == "train" and "losses" in line: print(f"{line['case']}: losses of rank 0 {line['losses'][0]}")
 
 def main(args):
     """The launches of a part, then the tables; 1 if a launch failed."""
