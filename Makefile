@@ -44,7 +44,7 @@ test-cuda: install ## on a machine with an NVIDIA card: kernels, memory against 
 	$(BIN)/python -m pytest -q -m cuda tests
 
 test-demo: demo ## the demo, then its score computed by plain peft and transformers
-	$(BIN)/python tests/plain_score.py runs/demo --at-least 0.9
+	$(BIN)/python dev/plain_score.py runs/demo --at-least 0.9
 
 test-fresh: install ## a project's requirements.txt, installed in an environment of its own
 	$(BIN)/python -m pytest -q -m fresh tests

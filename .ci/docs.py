@@ -139,20 +139,28 @@ def exported():
     import inspect
 
     names = {}
-    for file in sorted((ROOT / "qlora_kit").glob("[a-z]*.py")):
-        module = importlib.import_module(f"qlora_kit.{file.stem}")
+    for name in pages_of_modules():
+        module = importlib.import_module(f"qlora_kit.{name}")
         found = [(n, getattr(module, n)) for n in module.__all__]
-        names[file.stem] = [(n, (inspect.getdoc(o) or "").split("\n")[0] if inspect.isroutine(o) or inspect.isclass(o) else None) for n, o in found]
+        names[name] = [(n, (inspect.getdoc(o) or "").split("\n")[0] if inspect.isroutine(o) or inspect.isclass(o) else None) for n, o in found]
     return names
+
+
+def chapter_pages():
+    """The notebooks that export, in the order of the sidebar, which is that of the data."""
+    import yaml
+
+    contents = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    return [ROOT / "nbs" / p for entry in contents if entry.get("section") in CHAPTERS for p in entry["contents"]]
 
 
 def pages_of_modules():
     """{module: name of the notebook that exports it}."""
     found = {}
-    for page in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
-        module = re.search(r"#\|\s*default_exp (\w+)", page.read_text(encoding="utf-8"))
+    for page in chapter_pages():
+        module = re.search(r"#\|\s*default_exp ([\w.]+)", page.read_text(encoding="utf-8"))
         if module:
-            found[module[1]] = page.name
+            found[module[1]] = page.relative_to(ROOT / "nbs").as_posix()
     return found
 
 
@@ -168,10 +176,10 @@ def api_page():
 
 def config_page():
     """Every key of the config, from the typed classes that check it."""
-    from qlora_kit.config import RunConfig
+    from qlora_kit.run.config import RunConfig
 
     parts = ["---\ntitle: Config keys\ndescription: Every key of a run's YAML file, generated from the classes that check it.\n---\n",
-             "Each section is a class on [the page Config](../14_config.ipynb). A key without a default must be given.\n"]
+             "Each section is a class on [the page Config](../run/01_config.ipynb). A key without a default must be given.\n"]
     for section, field in RunConfig.model_fields.items():
         parts.append(f"\n## {section}\n\n| key | type | default | meaning |\n|---|---|---|---|")
         for key, info in field.annotation.model_fields.items():
@@ -211,7 +219,8 @@ def generate():
         shutil.copy(ROOT / name, PROC / name)
 
 
-SECTIONS = {"Data": "数据", "Model": "模型", "Training": "训练", "The run": "运行", "Tutorials": "教程", "Studies": "研究"}
+CHAPTERS = {"Data": "数据", "Model": "模型", "Training": "训练", "Memory": "显存", "Use": "使用", "Run": "运行", "Tools": "工具"}
+SECTIONS = CHAPTERS | {"Tutorials": "教程", "Studies": "研究"}
 
 
 def roadmap(up="", chinese=False):
@@ -223,7 +232,7 @@ def roadmap(up="", chinese=False):
     gain = lambda text: "" if chinese else f"<small>{html.escape(text)}</small>"  # the pages themselves are in English
     items = lambda pages: "".join(f'<li><a href="{up}{site_name(Path(p)).with_suffix(".html").as_posix()}">{html.escape(title)}{gain(text)}</a></li>'
                                   for p in pages for title, text in [title_of(ROOT / "nbs" / p)])
-    column = lambda name, pages: f'<li{"" if pages[0][0].isdigit() else " class=beside"}><span>{SECTIONS[name] if chinese else name}</span><ol>{items(pages)}</ol></li>'
+    column = lambda name, pages: f'<li{"" if name in CHAPTERS else " class=beside"}><span>{SECTIONS[name] if chinese else name}</span><ol>{items(pages)}</ol></li>'
     return f'<ol class="roadmap" aria-label="{"一次运行的路线图" if chinese else "Road map of a run"}">{"".join(column(*c) for c in columns)}</ol>'
 
 
@@ -319,9 +328,11 @@ def rename_pages():
 def add_sources():
     """Coloured sources with a numbered anchor on each line, and the notebooks themselves."""
     (OUT / "source").mkdir()
-    for file in (ROOT / "qlora_kit").glob("[a-z]*.py"):
-        formatter = HtmlFormatter(full=True, linenos="inline", lineanchors="L", anchorlinenos=False, title=f"qlora_kit/{file.name}", style="friendly")
-        (OUT / "source" / f"{file.stem}.html").write_text(highlight(file.read_text(encoding="utf-8"), PythonLexer(), formatter).replace("<html>", '<html lang="en">'), encoding="utf-8")
+    for file in (ROOT / "qlora_kit").glob("[a-z]*/[a-z]*.py"):
+        where = OUT / "source" / file.relative_to(ROOT / "qlora_kit").with_suffix(".html")
+        where.parent.mkdir(exist_ok=True)
+        formatter = HtmlFormatter(full=True, linenos="inline", lineanchors="L", anchorlinenos=False, title=f"qlora_kit/{file.parent.name}/{file.name}", style="friendly")
+        where.write_text(highlight(file.read_text(encoding="utf-8"), PythonLexer(), formatter).replace("<html>", '<html lang="en">'), encoding="utf-8")
     for page in (ROOT / "nbs").rglob("*.ipynb"):
         if ".ipynb_checkpoints" not in page.parts:
             target = OUT / "notebooks" / page.relative_to(ROOT / "nbs")
@@ -347,9 +358,9 @@ def carry_kit(page):
 def new_link(href, here, moved, modules):
     """Where a link of a page should lead, relative to that page."""
     up = "../" * here.count("/")
-    if found := re.match(r"/?(?:blob/main/)qlora_kit/(\w+)\.py(?:#L(\d+))?$", href):
+    if found := re.match(r"/?(?:blob/main/)qlora_kit/([\w/]+)\.py(?:#L(\d+))?$", href):
         return f"{up}source/{found[1]}.html" + (f"#L-{found[2]}" if found[2] else "")
-    if found := re.match(r"/(\w+)\.html(#.*)?$", href):
+    if found := re.match(r"/([\w/]+)\.html(#.*)?$", href):
         return f"{up}{found[1]}.html{found[2] or ''}"
     if re.match(r"[a-z]+:|//", href) or not href:
         return href

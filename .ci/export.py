@@ -18,12 +18,12 @@ def source(cell):
 
 def export_templates(root):
     """Fenced Python in a page's text that begins with `# scripts/NAME` becomes a file of the scaffold; as text it does not run with the page."""
-    for page in sorted((root / "nbs").glob("*.ipynb")):
+    for page in sorted((root / "nbs").rglob("[0-9]*.ipynb")):
         for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] != "markdown":
                 continue
             for name, body in re.findall(r"^```python\n# (scripts/\S+)\n(.*?)^```$", source(cell), flags=re.M | re.S):
-                head = f"# Generated from nbs/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
+                head = f"# Generated from nbs/{page.parent.name}/{page.name} of qlora_kit; it calls the kit and holds no logic of its own.\n"
                 target = root / "qlora_kit/assets/scaffold" / f"{name}.tpl"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_text(head + body, encoding="utf-8")

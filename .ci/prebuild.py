@@ -8,7 +8,7 @@ import time
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-from qlora_kit.interruptions import Stopped, guard_compilations
+from qlora_kit.run.interruptions import guard_compilations, Stopped
 
 guard_compilations()
 

@@ -57,7 +57,7 @@ def run_like_qwen(tmp_path_factory):
     import yaml
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from qlora_kit.launch import run_app
+    from qlora_kit.tools.commands import run_app
 
     folder = tmp_path_factory.mktemp("like_qwen")
     vocab = save_tokenizer(folder/"base")
@@ -113,7 +113,7 @@ def tiny_config(tiny_llama, tmp_path):
 def the_library_as_it_was():
     """Runs replace the library's rotary embedding for the whole process; the next test starts without."""
     yield
-    if pointwise := sys.modules.get("qlora_kit.pointwise"):
+    if pointwise := sys.modules.get("qlora_kit.model.kernels"):
         for module in [m for name, m in sys.modules.items() if name.startswith("transformers.models.")]:
             function = vars(module).get("apply_rotary_pos_emb")
             if getattr(function, "func", None) is pointwise._rotary: module.apply_rotary_pos_emb = function.args[0]

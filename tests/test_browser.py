@@ -11,15 +11,15 @@ import yaml
 
 from conftest import write_rows
 from lab import jupyter
-from qlora_kit.checkpoint import checkpoints, step_of
-from qlora_kit.monitor import read_metrics
+from qlora_kit.run.checkpoint import checkpoints, step_of
+from qlora_kit.run.monitor import read_metrics
 
 pytestmark = pytest.mark.browser
 
 SLOW = """
 import os, time
-from qlora_kit import train as kit
-from qlora_kit.data import load_conversations
+from qlora_kit.run import train as kit
+from qlora_kit.data.rows import load_conversations
 
 seed_step = kit.seed_step
 
@@ -32,12 +32,13 @@ def load(path):
     kit.seed_step = step
     return load_conversations(path)
 """
-DASHBOARD = "from qlora_kit.dashboard import start, watch\n"
+DASHBOARD = "from qlora_kit.tools.dashboard import start, watch\n"
 CHAT = """
 import torch
-from qlora_kit.chat import Comparison
-from qlora_kit.loader import load_model, load_tokenizer
-from qlora_kit.lora import add_lora, lora_parameters
+from qlora_kit.use.chat import Comparison
+from qlora_kit.model.loader import load_model
+from qlora_kit.model.base import load_tokenizer
+from qlora_kit.model.lora import add_lora, lora_parameters
 model = add_lora(load_model({folder!r}), r=4, alpha=8, seed=0).eval()
 with torch.no_grad():
     for name, p in lora_parameters(model).items(): p += 0.1*("lora_B" in name)
@@ -63,7 +64,7 @@ def move(page, box, name, key="ArrowRight", times=3):
 
 
 def test_a_page_runs_top_to_bottom_and_a_script_in_its_data_stays_text(lab):
-    shutil.copy(Path(__file__).parent.parent / "nbs/02b_inspector.ipynb", lab.folder)
+    shutil.copy(Path(__file__).parent.parent / "nbs/data/05_inspector.ipynb", lab.folder)
     page, dialogs = lab.open("02b_inspector"), []
     page.tab.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
     page.run_all(120)
@@ -79,8 +80,8 @@ def test_a_page_runs_top_to_bottom_and_a_script_in_its_data_stays_text(lab):
 
 
 def test_bars_move_in_a_notebook_and_one_is_left(lab):
-    work = "import time\nfrom qlora_kit.tokens import progress\nfor _ in progress(range(25), 'slow work'): time.sleep(0.1)"
-    log = "from qlora_kit.monitor import Monitor\nm = Monitor('bar', 20)\nfor i in range(1, 21): m.log({'step': i, 'loss': 1/i}); time.sleep(0.05)\nm.close()"
+    work = "import time\nfrom qlora_kit.data.files import progress\nfor _ in progress(range(25), 'slow work'): time.sleep(0.1)"
+    log = "from qlora_kit.run.monitor import Monitor\nm = Monitor('bar', 20)\nfor i in range(1, 21): m.log({'step': i, 'loss': 1/i}); time.sleep(0.05)\nm.close()"
     page = lab.open("bars", [work, log])
     page.cell(0).locator(".cm-content").click()
     page.tab.keyboard.press("Shift+Enter")
@@ -94,7 +95,7 @@ def test_bars_move_in_a_notebook_and_one_is_left(lab):
 
 
 def test_a_slider_of_the_explorer_changes_the_error(lab):
-    page = lab.open("explorer", ["import torch\nfrom qlora_kit.explorer import explore_layers\ntorch.manual_seed(0)\nexplore_layers({'layer': torch.randn(256, 256)})"])
+    page = lab.open("explorer", ["import torch\nfrom qlora_kit.model.explorer import explore_layers\ntorch.manual_seed(0)\nexplore_layers({'layer': torch.randn(256, 256)})"])
     page.run(0)
     box = page.output(0)
     box.get_by_text("largest error").wait_for()
@@ -108,7 +109,7 @@ def test_a_slider_of_the_explorer_changes_the_error(lab):
 
 
 def test_a_slider_of_the_planner_changes_the_number_and_its_config_is_saved(lab):
-    page = lab.open("planner", ["from qlora_kit.planner import Planner\nPlanner('llama-3.2-1b-1x16gb', memory=16)"])
+    page = lab.open("planner", ["from qlora_kit.memory.planner import Planner\nPlanner('llama-3.2-1b-1x16gb', memory=16)"])
     page.run(0)
     box = page.output(0)
     said = box.get_by_text("fits:")

@@ -95,7 +95,7 @@ def test_the_index_of_the_search_knows_every_public_name():
 
 
 def test_every_config_key_is_listed():
-    from qlora_kit.config import RunConfig
+    from qlora_kit.run.config import RunConfig
 
     cells = {c.get_text() for c in soup(SITE / "reference/config.html").select("main td:first-child code")}
     assert cells == {key for field in RunConfig.model_fields.values() for key in field.annotation.model_fields}

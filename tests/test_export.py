@@ -13,7 +13,7 @@ def test_export_changes_nothing(tmp_path):
     copy = tmp_path / "kit"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".venv", ".git", "runs", "__pycache__", "*.egg-info", ".pytest_cache"))
     subprocess.run([sys.executable, str(ROOT / ".ci/export.py"), str(copy)], cwd=copy, check=True, capture_output=True, text=True)
-    exported = [*copy.glob("qlora_kit/*.py"), *copy.glob("qlora_kit/assets/**/*.tpl"), copy / "README.md", copy / "README.zh.md"]
+    exported = [*copy.glob("qlora_kit/**/*.py"), *copy.glob("qlora_kit/assets/**/*.tpl"), copy / "README.md", copy / "README.zh.md"]
     differ = [str(f.relative_to(copy)) for f in exported if not (ROOT / f.relative_to(copy)).exists() or f.read_bytes() != (ROOT / f.relative_to(copy)).read_bytes()]
     assert not differ, f"run `make export`: {differ}"
 
@@ -33,8 +33,8 @@ def test_both_readmes_show_what_was_measured_and_lead_to_the_same_pages():
 
 
 def test_every_module_has_a_page():
-    pages = {m[1] for p in (ROOT / "nbs").glob("*.ipynb") for m in re.finditer(r"#\| default_exp (\w+)", p.read_text(encoding="utf-8"))}
-    modules = {p.stem for p in (ROOT / "qlora_kit").glob("*.py")} - {"__init__", "_modidx"}
+    pages = {m[1] for p in (ROOT / "nbs").rglob("*.ipynb") for m in re.finditer(r"#\| default_exp ([\w.]+)", p.read_text(encoding="utf-8"))}
+    modules = {f"{p.parent.name}.{p.stem}" for p in (ROOT / "qlora_kit").glob("[a-z]*/[a-z]*.py")}
     assert modules == pages
 
 

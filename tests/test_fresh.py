@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from qlora_kit.launch import run_app
+from qlora_kit.tools.commands import run_app
 
 
 @pytest.mark.fresh

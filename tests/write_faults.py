@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-import qlora_kit.data as data
-from qlora_kit.checkpoint import checkpoints, step_of
-from qlora_kit.config import load_config
-from qlora_kit.train import train
+import qlora_kit.data.rows as data
+from qlora_kit.run.checkpoint import checkpoints, step_of
+from qlora_kit.run.config import load_config
+from qlora_kit.run.train import train
 
 torch.set_num_threads(1)
 CONFIG, WHOLE, SCRATCH = (Path(a) for a in sys.argv[1:])

@@ -11,7 +11,7 @@ import torch
 from ladder_speed import report
 from torch.nn.functional import scaled_dot_product_attention
 
-from qlora_kit.batches import cudnn_attention
+from qlora_kit.data.batches import cudnn_attention
 
 TOKENS, HEADS, SHARED, WIDTH = 8192, 32, 8, 128  # queries have 32 heads, keys and values 8
 

@@ -13,10 +13,10 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from ladder_speed import build, report
 
-from qlora_kit.ladder import climb
-from qlora_kit.linear import decoded
-from qlora_kit.memory import Setup
-from qlora_kit.pointwise import compiled, kernel, swiglu
+from qlora_kit.training.recompute import set_levels
+from qlora_kit.model.linear import decoded
+from qlora_kit.memory.predict import Setup
+from qlora_kit.model.kernels import compiled, kernel, swiglu
 
 NARROW = dict(model_type="llama", vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=32, num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=False)
 
@@ -61,7 +61,7 @@ def main():
         engine.step(1e-4)
     ms = {}
     for rung in ("dense", "mlp", "layer"):
-        climb(model, rung)
+        set_levels(model, rung)
         ms[rung] = 1e3 * started(step, 8 if cuda else 1)
     line = dict(task="calls", card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")}, us=us, ms_a_step=ms)
     report(line, a.out)

@@ -17,18 +17,18 @@ from ladder_speed import report
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qlora_kit.bench import TARGETS
-from qlora_kit.config import load_config
-from qlora_kit.engine import find_place
-from qlora_kit.loader import resolve_base
-from qlora_kit.lora import lora_parameters
-from qlora_kit.train import forecast, make_engine, make_job, take_step
+from qlora_kit.tools.contestants import TARGETS
+from qlora_kit.run.config import load_config
+from qlora_kit.training.engine import join_ranks
+from qlora_kit.model.base import resolve_base
+from qlora_kit.model.lora import lora_parameters
+from qlora_kit.run.train import predict_memory, make_engine, make_job, take_step
 
 
 def kit(cfg, base):
     """A job of the demo and its engine."""
-    place, log = find_place(), logging.getLogger("qlora_kit")
-    job = make_job(cfg, Path("."), place, base, lambda folder, length: forecast(cfg, place, None, True, print, log, folder, length))
+    place, log = join_ranks(), logging.getLogger("qlora_kit")
+    job = make_job(cfg, Path("."), place, base=base, expect=lambda folder, length: predict_memory(cfg, place, None, True, print, log, folder, length))
     engine = make_engine(job)
     engine.module.train()
     return job, engine

@@ -12,19 +12,20 @@ from itertools import product
 
 import torch
 
-from qlora_kit.batches import attend_documents
-from qlora_kit.engine import LocalEngine, make_optimizer
-from qlora_kit.ladder import RUNGS, climb, in_words
-from qlora_kit.linear import fast_linears
-from qlora_kit.lora import add_lora
-from qlora_kit.loss import LossModel
-from qlora_kit.memory import GB, Setup, fill_card, fit_card, predict, shape_text, stand_in
-from qlora_kit.pointwise import fast_pointwise
+from qlora_kit.data.batches import attend_documents
+from qlora_kit.training.engine import LocalEngine, make_optimizer
+from qlora_kit.training.recompute import set_levels, levels_in_words, LEVELS
+from qlora_kit.model.linear import fast_linears
+from qlora_kit.model.lora import add_lora
+from qlora_kit.training.loss import LossModel
+from qlora_kit.memory.predict import GB, predict, Setup, shape_text, stand_in
+from qlora_kit.memory.budget import fill_card, fit_card
+from qlora_kit.model.kernels import fast_pointwise
 
 
 def build(setup):
     """A model of random weights with LoRA of rank 16 on all linears, and its engine."""
-    model = add_lora(stand_in(shape_text(setup.base_model), dtype=getattr(torch, setup.dtype), device=setup.device), setup.r, 32, 0.0, seed=0)
+    model = add_lora(stand_in(shape_text(setup.base_model), dtype=getattr(torch, setup.dtype), device=setup.device), setup.r, 32, dropout=0.0, seed=0)
     fast_linears(model)
     fast_pointwise(model)
     attend_documents(model)
@@ -34,7 +35,7 @@ def build(setup):
 
 def measure(model, engine, setup, rungs, steps=8, warm=3):
     """Seconds of the median step, and the peak in bytes."""
-    climb(model, rungs)
+    set_levels(model, rungs)
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -64,7 +65,7 @@ def main():
     ask.add_argument("--shape", default="llama-3.1-8b")
     ask.add_argument("--batch", default="4")
     ask.add_argument("--length", type=int, default=2048)
-    ask.add_argument("--rungs", default=",".join(("auto", *RUNGS)))
+    ask.add_argument("--rungs", default=",".join(("auto", *LEVELS)))
     ask.add_argument("--within", type=float)
     ask.add_argument("--out")
     a = ask.parse_args()
@@ -82,7 +83,7 @@ def main():
         line = dict(shape=a.shape, batch=setup.batch, length=a.length, rung=rung, predicted_gb=predict(chosen).peak / GB, **about)
         try:
             seconds, peak = measure(model, engine, setup, chosen.recompute)
-            line |= dict(layers=in_words(chosen.recompute) if rung == "auto" else rung, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
+            line |= dict(layers=levels_in_words(chosen.recompute) if rung == "auto" else rung, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
         except torch.OutOfMemoryError:
             line |= dict(layers="more than the card has")
             engine.optimizer.zero_grad()

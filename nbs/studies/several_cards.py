@@ -31,19 +31,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_kit.batches import target_weight
-from qlora_kit.checkpoint import State, load_checkpoint, newest_checkpoint, save_checkpoint
-from qlora_kit.engine import DeepSpeedEngine, LocalEngine, Place, find_place, free_port, layer_elements, leave, make_optimizer
-from qlora_kit.ladder import climb
-from qlora_kit.linear import fast_linears
-from qlora_kit.loader import INDEX, finish, is_packed, load_model, packed_hash, quantization_config, scales, skeleton, slots
-from qlora_kit.lora import add_lora, save_adapter
-from qlora_kit.loss import LossModel
-from qlora_kit.memory import GB, Setup, fit_card, shape_text, stand_in, traffic
-from qlora_kit.monitor import resident_bytes
-from qlora_kit.pointwise import fast_pointwise
-from qlora_kit.sharded import cast_trained, ghost, keep_shard, load_sharded, own_bytes, share, zero_init
-from qlora_kit.zero import zero_config
+from qlora_kit.data.batches import target_weight
+from qlora_kit.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, State
+from qlora_kit.training.engine import (
+    DeepSpeedEngine, join_ranks, free_port, layer_elements, leave, LocalEngine, make_optimizer,
+    RankInfo)
+from qlora_kit.training.recompute import set_levels
+from qlora_kit.model.linear import fast_linears
+from qlora_kit.model.base import INDEX
+from qlora_kit.model.loader import (
+    finish_model, is_packed, load_model, packed_hash, quantization_config, scales, skeleton, slots)
+from qlora_kit.model.lora import add_lora, save_adapter
+from qlora_kit.training.loss import LossModel
+from qlora_kit.memory.predict import GB, Setup, shape_text, stand_in
+from qlora_kit.memory.budget import fit_card, traffic
+from qlora_kit.run.monitor import resident_bytes
+from qlora_kit.model.kernels import fast_pointwise
+from qlora_kit.model.sharded import (
+    cast_trained, placeholder_parameter, keep_shard, load_sharded, own_bytes, own_elements, zero_init)
+from qlora_kit.training.zero import zero_config
 
 CUDA, W = torch.cuda.is_available(), 2
 DTYPE = torch.bfloat16 if CUDA else torch.float32
@@ -57,7 +63,7 @@ class Study:
     out: Path      # JSON lines
     scratch: Path  # empty at first, deleted after the part
     tiny: bool
-    place: Place
+    place: RankInfo
 
     def note(self, **values):
         """Add a line to the results; only rank 0 writes."""
@@ -101,7 +107,7 @@ def prepare(model, zero):
     """Update and fast forms, in the order of a training run."""
     model = add_lora(model, 16, 32, seed=0)
     if zero and zero["zero_optimization"]["stage"] == 3: cast_trained(model, torch.bfloat16 if zero["bf16"]["enabled"] else torch.float32)
-    fast_linears(model); fast_pointwise(model); climb(model, "layer")
+    fast_linears(model); fast_pointwise(model); set_levels(model, "layer")
     return LossModel(model).train()
 
 def make_engine(module, zero, place):
@@ -130,7 +136,7 @@ def rows(study, step, vocab):
     ids = torch.randint(vocab, (4, 16 if study.tiny else 256), generator=torch.Generator().manual_seed(step % 4))
     labels = ids.clone()
     labels[:2, :ids.shape[1] // 2] = -100
-    mine = slice(*share(4, study.place.rank, study.place.ranks))
+    mine = slice(*own_elements(4, study.place.rank, study.place.ranks))
     return dict(input_ids=ids[mine], labels=labels[mine])
 
 def learn(study, name, dtype, start=None):
@@ -155,7 +161,7 @@ def learn(study, name, dtype, start=None):
     said |= dict(trained=hashes(study, module), losses=losses)
     adapter = engine.gather()
     if place.rank: return
-    save_adapter(module.model, SimpleNamespace(save_pretrained=lambda folder: None), folder / "adapter", "random", state=adapter)  # random ids have no tokenizer
+    save_adapter(module.model, SimpleNamespace(save_pretrained=lambda folder: None), folder / "adapter", base_model="random", state=adapter)  # random ids have no tokenizer
     (folder / "said.json").write_text(json.dumps(said))
 
 def two_ranks(study, name, start=None):
@@ -263,17 +269,17 @@ def sharded_stand_in(text, zero):
         for slot in slots(model):
             p = keep_shard(init, *random_share(*slot[0][:2], init))
             for module, name, _ in slot: setattr(module, name, p)
-        return finish(model, Path(folder))
+        return finish_model(model, Path(folder))
 
 def random_share(module, name, init):
     """A parameter without numbers, and this rank's part of them."""
     like, device = getattr(module, name), init.local_device
     if not is_packed(module, name):
-        first, last = share(like.numel(), init.rank, W)
-        return ghost(module, name, None, device), torch.empty(last - first, dtype=like.dtype, device=device).normal_(0, 0.02)
+        first, last = own_elements(like.numel(), init.rank, W)
+        return placeholder_parameter(module, name, None, device), torch.empty(last - first, dtype=like.dtype, device=device).normal_(0, 0.02)
     first, last = own_bytes(like, init.rank, W)
     state = scales(torch.full((-(-like.numel() // 64),), 0.05, device=device), like)
-    return ghost(module, name, state, device), torch.empty(last - first, dtype=torch.uint8, device=device).random_(256)
+    return placeholder_parameter(module, name, state, device), torch.empty(last - first, dtype=torch.uint8, device=device).random_(256)
 
 class Received(TorchDispatchMode):
     """Within `with`: `bytes` that collectives bring to this rank (an all-reduce is a reduce-scatter and an all-gather), and how many `calls` there are."""
@@ -311,7 +317,7 @@ def measure(study, setup, text, overlap, warm, timed, deep):
     with Watch() as built:
         module = prepare(sharded_stand_in(text, zero) if setup.stage == 3 else stand_in(text, dtype=DTYPE, device=study.place.device), zero)
         zero = zero and sizes(setup, text, overlap, module)
-        with patch("qlora_kit.engine.make_leaves", lambda *args: []) if overlap == SINGLY else nullcontext(): engine = make_engine(module, zero, study.place)
+        with patch("qlora_kit.training.engine.make_leaves", lambda *args: []) if overlap == SINGLY else nullcontext(): engine = make_engine(module, zero, study.place)
     ids = torch.randint(500, (setup.batch, setup.length), generator=torch.Generator().manual_seed(study.place.rank))
     def step():
         loss = engine.forward(dict(input_ids=ids, labels=ids))
@@ -386,7 +392,7 @@ def launch(args, name, seconds):
 
 def be_rank(args):
     """One process of a launch."""
-    study = Study(args.part, args.out, args.scratch, args.tiny, find_place(several=args.rank_of != "one"))
+    study = Study(args.part, args.out, args.scratch, args.tiny, join_ranks(several=args.rank_of != "one"))
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "deepspeed")} | dict(nccl=torch.cuda.nccl.version() if CUDA else None)
     study.note(what="machine", launch=args.rank_of, ranks=study.place.ranks, cores=len(os.sched_getaffinity(0)), versions=versions)
     LAUNCHES[args.part][args.rank_of](study)

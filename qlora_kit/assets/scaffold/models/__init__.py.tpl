@@ -1,7 +1,7 @@
 """Your own model. The config reaches `create_model` through `model.create_model: models.create_model`."""
 from peft import get_peft_model
 
-from qlora_kit.loader import load_model
+from qlora_kit.model.loader import load_model
 
 
 def create_model(base_model_name, lora_config, *, folder, quant_type, double_quant, quant_storage, dtype, device):

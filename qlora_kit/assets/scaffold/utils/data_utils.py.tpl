@@ -1,5 +1,5 @@
 """Your own data. The config reaches this through `data.load_dataset: utils.data_utils.load_custom_dataset`."""
-from qlora_kit.data import Conversation, load_rows
+from qlora_kit.data.rows import Conversation, load_rows
 
 
 def load_custom_dataset(path):

@@ -1,5 +1,5 @@
 """Looking at a model."""
-from qlora_kit.lora import trainable_table
+from qlora_kit.model.lora import trainable_table
 
 
 def print_trainable(model):

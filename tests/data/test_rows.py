@@ -1,0 +1,349 @@
+"Data: what a person's file can hold, beyond the cases that the page shows."
+import json, os, subprocess, sys, threading
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.data import rows as data
+from qlora_kit.data.rows import (
+    Conversation, conversation, find_format, given_conversations, held_out, hub_name,
+    load_conversations, load_rows, split, stream_conversations)
+from qlora_kit.data.files import put_in_place, UserError, write_atomic
+
+ROW = dict(instruction="请解释什么是机器学习", input="", output="从数据中总结规律")
+
+
+def write(folder, name, text):
+    path = folder/name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def rows(n): return [conversation(dict(instruction=f"q{i}", output=f"a{i}")) for i in range(n)]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.JSONL"])
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_survives_every_spelling_of_a_file(tmp_path, name, bom, end):
+    data = [ROW | dict(output=o) for o in ("2026-05-04", "007", "true", "a\n\u2028b\r\nc", " 'x' ")]
+    lines = [json.dumps(r, ensure_ascii=False) for r in data]
+    text = end.join(lines) + end if name.endswith("L") else f"[{end}" + f",{end}".join(lines) + f"{end}]"
+    got = load_conversations(write(tmp_path, name, bom + text.encode()))
+    assert [c.messages[-1]["content"] for c in got] == [r["output"] for r in data]
+    assert {c.messages[0]["content"] for c in got} == {ROW["instruction"]}
+    assert all(c.meta == {} for c in got)
+
+
+def test_lines_are_counted_as_an_editor_counts_them(tmp_path):
+    text = "\n".join([json.dumps(ROW), "", json.dumps(ROW | dict(output=None)), "  ", json.dumps(ROW)])
+    path = write(tmp_path, "gaps.jsonl", text)
+    assert [r["_where"] for r in load_rows(path)] == [f"gaps.jsonl line {i}" for i in (1, 3, 5)]
+    with pytest.raises(UserError, match=r"gaps.jsonl: 1 of 3 rows .*line 3: no 'output'"): load_conversations(path)
+
+
+@pytest.mark.parametrize("text, at", [('[{"a": 1},\n {"b" 2}]', "line 2, column 7"), ('[\n\n', "line 3, column 1"), ('\ufeff[}', "line 1, column 2")])
+def test_position_of_broken_json(tmp_path, text, at):
+    with pytest.raises(UserError, match=f"broken.json {at}: not JSON"): load_rows(write(tmp_path, "broken.json", text))
+
+
+@pytest.mark.parametrize("value", [3, 2.5, True, ["a"], {"a": 1}, None, "", " \n"])
+@pytest.mark.parametrize("name", ["instruction", "output"])
+def test_only_text_is_an_answer_or_a_question(name, value):
+    with pytest.raises(UserError, match=f"f.json row 9: .*'{name}'"): conversation(ROW | {name: value}, where="f.json row 9")
+
+
+def test_all_bad_rows_are_counted_and_the_message_is_one_line(tmp_path):
+    data = [ROW | dict(output="") if i % 2 else ROW for i in range(20)]
+    with pytest.raises(UserError) as e: load_conversations(write(tmp_path, "half.json", json.dumps(data)))
+    assert "10 of 20 rows" in str(e.value) and "row 6" in str(e.value) and "7 more" in str(e.value)
+    assert "row 8" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_extra_fields_go_to_meta_whatever_they_hold(tmp_path):
+    extras = [dict(lang="zh", n=1, tags=["a"], _where="mine"), dict(n="one", tags={"b": None}), {}]
+    got = load_conversations(write(tmp_path, "meta.json", json.dumps([ROW | e for e in extras])), system_prompt="s")
+    assert [c.meta for c in got] == [dict(lang="zh", n=1, tags=["a"]), dict(n="one", tags={"b": None}), {}]
+    assert [m["role"] for m in got[2].messages] == ["system", "user", "assistant"] and got[2].where == "meta.json row 3"
+
+
+def test_a_number_among_texts_is_found_in_a_large_file(tmp_path):
+    data = [ROW]*2999 + [ROW | dict(output=0)]
+    with pytest.raises(UserError, match="1 of 3000 rows .*row 3000: 'output' is 0"): load_conversations(write(tmp_path, "big.json", json.dumps(data)))
+
+
+def test_no_home_no_cache_no_output(tmp_path):
+    path = write(tmp_path, "rows.json", json.dumps([ROW]))
+    env = {k: v for k,v in os.environ.items() if not k.startswith(("HF_", "XDG_"))} | dict(HOME="/dev/null/none", HF_HOME="/dev/null/none")
+    code = f"from qlora_kit.data.rows import load_conversations; assert len(load_conversations({str(path)!r})) == 1"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("n", [2, 3, 10, 37])
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+def test_split_is_a_partition_with_both_parts(n, share):
+    data = rows(n)
+    for seed in range(5):
+        train, held = split(data, share, seed)
+        assert len(held) == min(max(1, round(share*n)), n-1)
+        assert sorted(c.messages[0]["content"] for c in train+held) == sorted(c.messages[0]["content"] for c in data)
+        assert split(data, share, seed) == (train, held)
+    assert len({str(split(rows(37), 0.1, s)[1]) for s in range(5)}) == 5
+
+
+def test_copies_stay_together_even_when_they_are_most_of_the_file():
+    for data in (rows(1)*98 + rows(3), rows(2)*5, rows(40) + rows(40)):
+        for seed in range(10):
+            train, held = split(data, 0.1, seed)
+            assert train and held and not {str(c.messages) for c in train} & {str(c.messages) for c in held}
+
+
+@pytest.mark.parametrize("share", [-0.1, 1, 1.5, float("nan")])
+def test_split_refuses_what_is_no_share(share):
+    with pytest.raises(UserError, match="validation_split"): split(rows(5), share, 0)
+
+
+# ---- the kinds of source
+
+GSM8K = Path(__file__).parents[1]/"fixtures/gsm8k"
+QA = dict(prompt="question", completion="answer")
+
+
+def test_gsm8k_is_prompts_and_completions_by_mapping():
+    told = []
+    train = load_conversations(GSM8K/"train.jsonl", fields=QA, say=told.append)
+    source = [json.loads(line) for line in (GSM8K/"train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [[m["content"] for m in c.messages] for c in train] == [[r["question"], r["answer"]] for r in source] and len(train) == 32
+    assert told == ["train.jsonl: rows read as prompt_completion, for the columns question, answer"]
+    assert train[4].where == "train.jsonl line 5" and train[4].meta == {} and "####" in train[4].messages[1]["content"]
+    assert len(load_conversations(GSM8K, fields=QA)) == 40 == len(list(stream_conversations(GSM8K, fields=QA)))
+    with pytest.raises(UserError, match=r"train.jsonl: received the columns \['question', 'answer'\], which fit no format.*data.fields"): load_conversations(GSM8K/"train.jsonl")
+
+
+def test_every_kind_of_file_holds_the_same_rows_as_datasets_reads_them(tmp_path):
+    "`datasets`' own readers are the reference, on rows that they do not reinterpret."
+    from datasets import Dataset, load_dataset
+
+    data = [dict(instruction=f"q{i}, \"{i}\"\nand", output=f"a{i}\n法", lang="zh") for i in range(5)]
+    made = Dataset.from_list(data)
+    for suffix, save in (("json", made.to_json), ("csv", made.to_csv), ("parquet", made.to_parquet)):
+        path = tmp_path/f"rows.{'jsonl' if suffix == 'json' else suffix}"
+        save(path)
+        theirs = load_dataset(suffix, data_files=str(path), split="train", cache_dir=str(tmp_path/"cache")).to_list()
+        ours = load_rows(path).remove_columns("_where").to_list()
+        assert ours == theirs == data
+    (tmp_path/"rows.json").write_text(json.dumps(data))
+    assert load_rows(tmp_path/"rows.json").remove_columns("_where").to_list() == data
+    os.rename(tmp_path/"cache", tmp_path/".cache")
+    everything = load_rows(tmp_path)
+    assert len(everything) == 20 and everything["_where"][0] == "rows.csv line 2" and everything["_where"][-1] == "rows.parquet row 5"
+
+
+def test_cells_are_text_and_places_are_lines(tmp_path):
+    path = write(tmp_path, "t.csv", b"\xef\xbb\xbfinstruction,output\r\n\"two\nlines\",007\r\n\r\nNA,2026-05-04\r\n")
+    got = load_rows(path)
+    assert got["output"][:] == ["007", "2026-05-04"] and got["instruction"][:] == ["two\nlines", "NA"]
+    assert got["_where"][:] == ["t.csv line 2", "t.csv line 5"]
+    assert [c.messages[0]["content"] for c in load_conversations(write(tmp_path, "p.txt", "Ein\nSatz.\n\n\n一句话。\n"))] == ["Ein\nSatz.", "一句话。"]
+
+
+@pytest.mark.parametrize("name, text, told", [
+    ("a.csv", "instruction,output\na,b\nc\n", "a.csv line 3: received 1 values for the 2 columns instruction, output"),
+    ("a.csv", "instruction,output\n\"a\"b,c\n", "a.csv line 2: not CSV"),
+    ("a.csv", "instruction,output\na,机器\n".encode("gbk"), "a.csv line 2, column 3: byte 0xbb is not UTF-8"),
+    ("a.csv", "instruction,output\n,b\n", "a.csv: 1 of 1 rows .*line 2: 'instruction' is empty"),
+    ("a.parquet", "PK", "a.parquet: not a parquet file"), ("a.txt", b"\xff", "a.txt line 1, column 1: byte 0xff"),
+    ("a.tsv", "a\tb", "received suffix '.tsv'; allowed: .json"), ("a.csv", "", "received no rows"), ("a.csv", "instruction,output\n", "received no rows")])
+def test_a_bad_table_is_named_by_file_and_line(tmp_path, name, text, told):
+    with pytest.raises(UserError, match=told): load_conversations(write(tmp_path, name, text))
+    with pytest.raises(UserError, match=told.replace(": 1 of 1 rows .*line 2:", " line 2:")): list(stream_conversations(tmp_path/name))
+
+
+def test_a_folder_says_which_file(tmp_path):
+    (tmp_path/"more").mkdir()
+    write(tmp_path, "a.jsonl", json.dumps(ROW)); write(tmp_path, "LICENSE", "free"); write(tmp_path, ".hidden.json", "[")
+    write(tmp_path/"more", "b.json", json.dumps([ROW, ROW | dict(output=3)]))
+    with pytest.raises(UserError, match=r"1 of 3 rows cannot be used: more/b.json row 2: 'output' is 3"): load_conversations(tmp_path)
+
+
+def test_hub_names_reach_datasets_and_a_missing_one_is_told(tmp_path, monkeypatch):
+    assert hub_name("openai/gsm8k:main:test") == dict(kind="openai/gsm8k", name="main", split="test")
+    assert hub_name("a/b") == dict(kind="a/b", name=None, split="train") and hub_name("a/b:dev")["split"] == "dev"
+    assert not any(map(hub_name, ("rows.json", "data/rows.jsonl", "./a/b", "a/b/c", "/a/b", str(tmp_path))))
+    with pytest.raises(UserError, match="nobody/nothing: no such file or folder here, and the hub did not give its split 'dev'"): load_rows("nobody/nothing:dev")
+    # a folder laid out like a data set of the hub goes through the same code of `datasets`
+    for split_ in ("train", "test"): write(tmp_path, f"{split_}.jsonl", json.dumps(ROW | dict(lang=split_)))
+    import qlora_kit.data.rows as data
+    monkeypatch.setattr(data, "load_dataset", lambda kind, _load=data.load_dataset, **options: _load({"me/rows": str(tmp_path)}[kind], **options))
+    (c,) = load_conversations("me/rows:test")
+    assert c.meta == dict(lang="test") and c.where == "me/rows row 1" and c.messages[1]["content"] == ROW["output"]
+
+
+# ---- formats
+
+def turns(*pairs, a="role", b="content"): return [{a: x, b: y} for x, y in pairs]
+
+
+@pytest.mark.parametrize("row, format", [
+    (dict(messages=turns(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b"))), "messages"),
+    (dict(conversations=turns(("system", "s"), ("human", "q"), ("gpt", "a"), ("human", "r"), ("gpt", "b"), a="from", b="value")), "sharegpt"),
+    (dict(conversations=turns(("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")), system="s"), "sharegpt")])
+def test_many_turns_in_two_dialects(tmp_path, row, format):
+    (c,) = load_conversations(write(tmp_path, "r.json", json.dumps([row | dict(lang="de")])), system_prompt="not used")
+    assert c.messages == turns(("system", "s"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")) and c.meta == dict(lang="de")
+    assert find_format(row) == format
+
+
+def test_names_inside_turns_are_mapped_too():
+    row = dict(dialogue=[dict(speaker="human", text="q"), dict(speaker="gpt", text="a")])
+    c = conversation(row, "sharegpt", fields={"conversations": "dialogue", "from": "speaker", "value": "text"})
+    assert c.messages == turns(("user", "q"), ("assistant", "a"))
+
+
+CALL = dict(id="1", type="function", function=dict(name="f", arguments='{"x": [1, null]}'))
+
+
+def test_tool_messages_keep_every_field(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    said = [dict(role="user", content="q"), dict(role="assistant", content=None, tool_calls=[CALL]), dict(role="tool", content="3", tool_call_id="1", name="f"),
+            dict(role="assistant", content="a", reasoning_content="r")]
+    row = dict(messages=said, tools=[dict(type="function", function=dict(name="f"))])
+    (c,) = load_conversations(write(tmp_path, "r.json", json.dumps([row])))
+    assert c.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": [1, None]}
+    assert [c.messages[0], *c.messages[2:]] == [said[0], *said[2:]] and c.messages[1]["content"] is None and c.tools == row["tools"]
+    pq.write_table(pa.Table.from_pylist([row | dict(tools=json.dumps(row["tools"]))]), tmp_path/"r.parquet")
+    (d,) = load_conversations(tmp_path/"r.parquet")
+    assert (d.messages, d.tools) == (c.messages, c.tools)
+
+
+@pytest.mark.parametrize("row, told", [
+    (dict(messages=[]), r"'messages' is \[\], not a list of turns"), (dict(messages="q"), "'messages' is \"q\", not a list"),
+    (dict(messages=turns(("user", "q"))), "'messages' has no turn of the assistant"),
+    (dict(messages=turns(("user", "q"), ("bot", "a"))), "'messages' turn 2 has \"bot\" as 'role'; allowed: system"),
+    (dict(messages=turns(("user", "q"), ("assistant", None))), "turn 2 .*has null as 'content', not text"),
+    (dict(messages=turns(("user", "q"), ("assistant", " "))), "turn 2 .*has an empty 'content'"),
+    (dict(messages=["q", "a"]), "turn 1 is \"q\", not an object"),
+    (dict(conversations=turns(("human", 3), ("gpt", "a"), a="from", b="value")), "'conversations' turn 1 .*has 3 as 'value'"),
+    (dict(messages=turns(("user", "q"), ("assistant", "a")), tools="none"), "'tools' is \"none\", not a list of JSON schemas"),
+    (dict(prompt="q", completion=["a"]), r"""'completion' is \["a"\], not text"""), (dict(text=""), "'text' is empty")])
+def test_a_bad_turn_is_named_by_row_and_field(tmp_path, row, told):
+    path = write(tmp_path, "bad.json", json.dumps([row]))
+    with pytest.raises(UserError, match=f"bad.json: 1 of 1 rows cannot be used: row 1: .*{told}"): load_conversations(path)
+    with pytest.raises(UserError, match=f"bad.json row 1: .*{told}"): list(stream_conversations(path))
+
+
+def test_mappings_and_formats_are_checked():
+    for args, told in (((["a"], "csv"), "data.format: received 'csv'; allowed: auto, messages"), ((["question"], "auto", dict(promt="question")), "received the name 'promt'"),
+                       ((["a"], "auto", QA), "prompt is mapped to 'question', which is not among"), ((["prompt"], "alpaca"), "allowed: alpaca: instruction, output")):
+        with pytest.raises(UserError, match=told): find_format(*args)
+
+
+# ---- streams and functions of the user's
+
+def test_a_stream_holds_one_row_at_a_time(tmp_path):
+    path = write(tmp_path, "rows.jsonl", "\n".join(json.dumps(ROW | dict(output=str(i))) for i in range(500)) + "\n{")
+    stream = stream_conversations(path, system_prompt="s")
+    first = [next(stream) for _ in range(500)]
+    assert first == [conversation(ROW | dict(output=str(i)), where=f"rows.jsonl line {i+1}", system_prompt="s") for i in range(500)]
+    with pytest.raises(UserError, match="rows.jsonl line 501, column 2: not JSON"): next(stream)
+
+
+def test_held_out_rows_of_a_stream_follow_their_text():
+    data = rows(2000)
+    held = [c for c in data if held_out(c, 0.1, 3)]
+    assert 150 < len(held) < 250 and held == [c for c in reversed(data) if held_out(c, 0.1, 3)][::-1]
+    assert set(map(str, held)) != {str(c) for c in data if held_out(c, 0.1, 4)}
+    assert {str(c) for c in held} <= {str(c) for c in data if held_out(c, 0.2, 3)} and not any(held_out(c, 0, 3) for c in data)
+
+
+@pytest.mark.parametrize("given, told", [(None, "returned None"), ([], "received no rows"), ([ROW, 3], "row 2: a int, not an object"),
+                                         ([Conversation(turns(("user", "q"), ("assistant", "a"))), ROW], "item 2 is a dict, the first was a Conversation")])
+def test_what_a_function_may_not_return(given, told):
+    with pytest.raises(UserError, match=f"mine.*{told}"): list(given_conversations(given, "mine"))
+
+
+def test_streamed_examples_are_the_others(tiny_config, monkeypatch, tmp_path):
+    "Through the config: GSM8K with a mapping, a validation file, and a function of the user's that is a generator."
+    from qlora_kit.run.config import load_config
+    from qlora_kit.model.base import load_tokenizer
+    from qlora_kit.data.tokens import ensure_template
+    from qlora_kit.run.train import load_examples
+
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path/"cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my_rows.py").write_text("from qlora_kit.data.rows import load_rows\ndef read(path): yield from load_rows(path)")
+    changes = dict(data__train_file=str(GSM8K/"train.jsonl"), data__validation_file=str(GSM8K/"validation.jsonl"), data__fields=QA, training__max_length=512)
+    def examples(**more):
+        cfg = load_config(tiny_config(**changes, **more))
+        return load_examples(cfg, ensure_template(load_tokenizer(cfg.model.base_model), cfg.data.template), tmp_path)
+    train, val, notes = examples()
+    assert len(train) + len(val) + sum("left out" in n for n in notes) >= 38 and "read as prompt_completion" in notes[0]
+    for more in (dict(data__streaming=True), dict(data__load_dataset="my_rows.read"), dict(data__streaming=True, data__load_dataset="my_rows.read")):
+        t, v, n = examples(**more)
+        assert [(e.ids, e.targets) for e in t] == [(e.ids, e.targets) for e in train] and [(e.ids, e.targets) for e in v] == [(e.ids, e.targets) for e in val]
+    everything = examples(data__loss_on="all", data__template="plain")[0]
+    assert all(e.targets == [False] + [True]*(len(e.ids)-1) for e in everything) and not any(e.ids[:3] == train[0].ids[:3] for e in everything)
+    changes |= dict(data__validation_file=None, data__validation_split=0.25)
+    t, v, _ = examples(data__streaming=True)
+    assert len(t) + len(v) == len(train) and v and not {str(e.ids) for e in v} & {str(e.ids) for e in t}
+
+
+def test_a_streamed_run_is_the_other_run_and_create_model_gets_what_it_names(tiny_config, monkeypatch, tmp_path):
+    from qlora_kit.run.config import load_config
+    from qlora_kit.run.monitor import read_metrics
+    from qlora_kit.run.train import train
+
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path/"cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/"my_model.py").write_text(
+        "from qlora_kit.model.lora import add_lora\nfrom qlora_kit.model.loader import load_model\n"
+        "def create_model(base_model_name, lora_config, *, folder, dtype, device, quant_type):\n"
+        "    assert str(folder) == base_model_name\n"
+        "    return add_lora(load_model(folder, quant_type, dtype=dtype, device=device), lora_config.r, lora_config.lora_alpha, lora_config.lora_dropout, seed=0)\n"
+        "def wrong(base_model_name, lora_config): return None\n")
+    losses = []
+    for name, more in (("a", {}), ("b", dict(data__streaming=True, model__create_model="my_model.create_model"))):
+        cfg = load_config(tiny_config(name, training__max_steps=3, data__validation_split=0, **more))
+        losses.append([r["loss"] for r in read_metrics(train(cfg, name, quiet=True, base=tmp_path).run)])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    with pytest.raises(UserError, match="my_model.wrong returned a NoneType; return the PEFT model"):
+        train(load_config(tiny_config("c", model__create_model="my_model.wrong")), "c", quiet=True, base=tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
+    def full(*args): raise OSError(28, "No space left on device")
+    write_atomic(tmp_path / "a", "old")
+    monkeypatch.setattr(broken, full)
+    with pytest.raises(OSError): write_atomic(tmp_path / "a", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_folder_is_put_in_place_of_another(tmp_path, monkeypatch, swaps):
+    if not swaps: monkeypatch.setattr(data, "exchange", lambda a, b: False)
+    for n in "123":
+        (tmp_path / "new/deeper").mkdir(parents=True)
+        (tmp_path / "new/deeper/file").write_text(n)
+        assert put_in_place(tmp_path / "new", tmp_path / "folder") == tmp_path / "folder"
+        assert [p.name for p in tmp_path.iterdir()] == ["folder"] and (tmp_path / "folder/deeper/file").read_text() == n
+
+
+def test_there_is_no_moment_without_the_folder(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    if not data.exchange(tmp_path / "a", tmp_path / "b"): pytest.skip("this disk cannot swap names")
+    folder, missed, over = tmp_path / "folder", [], threading.Event()
+    def look():
+        while not over.is_set(): missed.append(not folder.exists())
+    folder.mkdir()
+    reader = threading.Thread(target=look)
+    reader.start()
+    for _ in range(200):
+        (tmp_path / "new").mkdir()
+        (tmp_path / "new/file").write_text("new")
+        put_in_place(tmp_path / "new", folder)
+    over.set(), reader.join()
+    assert len(missed) > 100 and not any(missed)

@@ -1,0 +1,63 @@
+"""The house: chapters stand in the order in which data flows, and a page imports only from pages above it."""
+import ast
+import json
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parent.parent
+CHAPTERS = ("data", "model", "training", "memory", "use", "run", "tools")
+
+
+def chapter_pages():
+    """The pages that export, in the order of the sidebar."""
+    contents = yaml.safe_load((ROOT / "nbs/_quarto.yml").read_text(encoding="utf-8"))["website"]["sidebar"]["contents"]
+    listed = [page for entry in contents for page in entry.get("contents", []) if isinstance(page, str)]
+    return [ROOT / "nbs" / page for page in listed if page.split("/")[0] in CHAPTERS]
+
+
+def code_cells(page):
+    cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def module_of(page):
+    found = (re.match(r"#\| default_exp ([\w.]+)", source) for source in code_cells(page))
+    return next(match[1] for match in found if match)
+
+
+def imported(source):
+    """The kit's modules that a cell imports, wherever in it the import stands."""
+    source = re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M)
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qlora_kit."):
+            inner = node.module.removeprefix("qlora_kit.")
+            yield from [inner] if "." in inner else [f"{inner}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from (a.name.removeprefix("qlora_kit.") for a in node.names if a.name.startswith("qlora_kit."))
+
+
+def upward(pages):
+    """[(page, module below it that it imports)], and what every page imports."""
+    order = {module_of(page): i for i, page in enumerate(pages)}
+    wrong = []
+    for i, page in enumerate(pages):
+        for source in code_cells(page):
+            wrong += [(page.stem, module) for module in imported(source) if order.get(module, -1) > i]
+    return wrong
+
+
+def test_a_page_imports_only_from_pages_above_it():
+    assert upward(chapter_pages()) == []
+
+
+def test_chapters_stand_in_the_order_of_the_data():
+    found = [page.parent.name for page in chapter_pages()]
+    assert found == sorted(found, key=CHAPTERS.index)
+    assert {page.stem for page in (ROOT / "nbs").glob("*/[0-9]*.ipynb")} == {page.stem for page in chapter_pages()}
+
+
+def test_the_order_is_really_read():
+    """Turned around, nearly every page imports from below."""
+    assert len({page for page, _ in upward(chapter_pages()[::-1])}) > 20

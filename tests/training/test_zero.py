@@ -1,0 +1,146 @@
+"""DeepSpeed files: what `auto` becomes, and what is refused."""
+import json
+import os
+from importlib.resources import files
+from types import SimpleNamespace
+
+import pytest
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from qlora_kit.data.files import UserError
+from qlora_kit.training.zero import (
+    bucket_sizes, check_devices, check_storage, read_deepspeed, resolve, zero_config)
+
+BUILT = zero_config(micro_batch=4, accumulation=2, max_grad_norm=0.5, dtype="bfloat16", hidden_size=64, offload_optimizer="cpu")
+
+
+def test_auto_takes_the_runs_value_and_additions_stay():
+    file = {"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto", "loss_scale": 0},
+            "train_batch_size": "auto", "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}, "scheduler": "auto",
+            "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto", "sub_group_size": 10**8, "overlap_comm": True}}
+    out = resolve(file, BUILT)
+    assert (out["train_micro_batch_size_per_gpu"], out["gradient_accumulation_steps"], out["gradient_clipping"]) == (4, 2, 0.5)
+    assert out["bf16"] == {"enabled": True} and out["fp16"] == {"enabled": False, "loss_scale": 0}
+    zero = out["zero_optimization"]
+    assert zero["stage"] == 3 and zero["reduce_bucket_size"] == 64**2 and zero["sub_group_size"] == 10**8 and zero["overlap_comm"] is True
+    assert zero["offload_optimizer"] == {"device": "cpu"} and "optimizer" not in out and "auto" not in str(out)
+    assert BUILT["zero_optimization"]["overlap_comm"] is False and file["scheduler"] == "auto", "an argument was changed"
+
+
+@pytest.mark.parametrize("file,says", [
+    ({"train_micro_batch_size_per_gpu": 8}, "train_micro_batch_size_per_gpu is 8, but the run says 4"),
+    ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps is 1, but the run says 2"),
+    ({"gradient_clipping": 1.0}, "gradient_clipping is 1.0, but the run says 0.5"),
+    ({"bf16": {"enabled": False}}, "bf16.enabled is False, but the run says True"),
+    ({"fp16": {"enabled": True}}, "fp16.enabled is True, but the run says False"),
+    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer is set, but the run's config owns it"),
+    ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}, "scheduler is set"),
+    ({"train_batch_size": 32}, "train_batch_size is set"),
+    ({"zero_optimization": {"stage": 4}}, "stage is 4; allowed: 0, 1, 2, 3"),
+    ({"zero_optimization": {"stage": 2}}, "stage is 2, but the run says 3"),
+    ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none"}}}, "offload_optimizer.device is 'none', but the run says 'cpu'"),
+    ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "nvme_path is missing"),
+    ({"zero_optimization": {"zero_hpz_partition_size": 8}}, "zero_hpz_partition_size is 8: a second copy.*allowed: 1"),
+    ({"activation_checkpointing": {"partition_activations": True}}, "activation_checkpointing sets up a function.*training.recompute"),
+    ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights would quantize"),
+    ({"zero_optimization": {"zero_quantized_nontrainable_weights": True}}, "zero_quantized_nontrainable_weights would quantize"),
+    ({"zero_optimization": {"reduce_bucket_sise": 1}}, r"reduce_bucket_sise is 1; did you mean reduce_bucket_size\?"),
+    ({"zero_optimization": {"reduce_bucket_size": "big"}}, "zero_optimization.reduce_bucket_size is 'big'; DeepSpeed says"),
+    ({"zero_optimization": {"offload_param": {"device": "auto"}}}, "offload_param.device is auto, and the run has no value"),
+    ({"zero_optimization": True}, "zero_optimization is True; allowed: an object"),
+    ({"gradient_clipping": {"value": 1}}, "gradient_clipping is .*; allowed: one value"),
+])
+def test_what_contradicts_the_run_is_refused(file, says):
+    fixed = ("zero_optimization.stage", "zero_optimization.offload_optimizer.device")
+    with pytest.raises(UserError, match=says): resolve(file, BUILT, fixed=fixed if "the run says" in says else ())
+
+
+# The two examples of transformers' documentation ("DeepSpeed", sections ZeRO-2 and ZeRO-3), as people copy them.
+HF = {
+    "fp16": {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2, "min_loss_scale": 1},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
+    "scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"}},
+    "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000, "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False,
+}
+HF2 = HF | {"zero_optimization": {
+    "stage": 2, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "allgather_partitions": True, "allgather_bucket_size": 2e8, "overlap_comm": True,
+    "reduce_scatter": True, "reduce_bucket_size": 2e8, "contiguous_gradients": True}}
+HF3 = HF | {"bf16": {"enabled": "auto"}, "zero_optimization": {
+    "stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": True}, "offload_param": {"device": "cpu", "pin_memory": True}, "overlap_comm": True,
+    "contiguous_gradients": True, "sub_group_size": 1e9, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+    "stage3_gather_16bit_weights_on_model_save": True}}
+
+
+@pytest.mark.parametrize("file,stage", [(HF2, 2), (HF3, 3)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_files_of_the_transformers_documentation_are_taken_as_they_are(file, stage, dtype):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    out = resolve(file, zero_config(micro_batch=4, accumulation=2, dtype=dtype, hidden_size=64))
+    assert "auto" not in json.dumps(out) and out["zero_optimization"]["stage"] == stage
+    assert out["bf16"]["enabled"] == (dtype == "bfloat16") and out["fp16"]["enabled"] == (dtype == "float16") and out["fp16"]["hysteresis"] == 2
+    assert out["data_types"] == {"grad_accum_dtype": "fp32"} and out["train_micro_batch_size_per_gpu"] == 4
+    theirs = DeepSpeedConfig(out, mesh_device=None) # every section through DeepSpeed's own schemas
+    assert theirs.zero_config.stage == stage and theirs.zero_config.offload_optimizer.device == "cpu"
+
+
+def test_a_file_may_choose_the_stage_and_the_sums_follow():
+    built = zero_config(dtype="bfloat16", hidden_size=64)
+    assert resolve({"zero_optimization": {"stage": 0}}, built)["data_types"] == {"grad_accum_dtype": "bf16"} # DeepSpeed refuses another one there
+    assert resolve({"zero_optimization": {"stage": 1}}, zero_config(0, dtype="bfloat16"))["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert resolve({"data_types": {"grad_accum_dtype": "bf16"}}, built)["data_types"] == {"grad_accum_dtype": "bf16"}
+
+
+def test_the_shipped_file_serves_every_run():
+    shipped = json.loads((files("qlora_kit") / "assets/scaffold/configs/deepspeed_config.json").read_text())
+    assert "train_batch_size" not in shipped
+    for dtype in ("float32", "bfloat16", "float16"):
+        built = zero_config(micro_batch=3, dtype=dtype, hidden_size=64)
+        assert resolve(shipped, built) == built
+
+
+@pytest.mark.parametrize("choice,says", [
+    (dict(stage=4), "stage is 4; allowed: 0, 1, 2, 3"), (dict(dtype="int8"), "dtype is 'int8'; allowed"), (dict(offload_param="disk"), "allowed: none, cpu, nvme"),
+    (dict(stage=2, offload_param="cpu"), "offload_param is cpu at stage 2"), (dict(stage=0, offload_optimizer="cpu"), "offload_optimizer is cpu at stage 0"),
+    (dict(stage=2, offload_optimizer="nvme", nvme_path="/x", dtype="bfloat16"), "nvme at stage 2; allowed there: none, cpu"),
+    (dict(offload_param="nvme", dtype="bfloat16"), "nvme_path is missing"), (dict(offload_param="nvme", nvme_path="/x"), "float32.*use bfloat16"),
+    (dict(offload_param="nvme", nvme_path="/x", dtype="bfloat16"), "libaio is missing; install libaio-dev"),
+])
+def test_choices_that_cannot_work(choice, says, monkeypatch):
+    monkeypatch.setattr("qlora_kit.training.zero.has_async_io", lambda: False)
+    with pytest.raises(UserError, match=says): zero_config(**choice)
+
+
+def test_gathered_weights_are_limited_in_packed_elements():
+    """Llama-3.1-8B: a layer has 218 million weights, two to a byte, eight to an fp32 element; the largest of them 58.7 million."""
+    layer, largest = 218e6, 58.7e6
+    for storage, codes in (("uint8", 2), ("bfloat16", 4), ("float32", 8)):
+        guessed, counted = bucket_sizes(4096, storage), bucket_sizes(4096, storage, layer=int(layer/codes), trained=10**6)
+        for sizes, trained in ((guessed, 0), (counted, 10**6)):
+            assert sizes["stage3_prefetch_bucket_size"] == sizes["stage3_max_reuse_distance"] == pytest.approx(layer/codes, rel=0.1)
+            assert ((sizes["stage3_max_live_parameters"] - trained)*codes + largest)/layer < 2.3
+
+
+def test_a_model_spread_by_device_map_is_refused():
+    check_devices(SimpleNamespace(hf_device_map={"": "cuda:0"})); check_devices(SimpleNamespace())
+    with pytest.raises(UserError, match="device_map over 0, cpu"): check_devices(SimpleNamespace(hf_device_map={"model": 0, "lm_head": "cpu"}))
+
+
+def test_packed_codes_travel_as_bytes_or_in_the_engines_dtype():
+    for dtype in ("float32", "bfloat16"):
+        check_storage("uint8", dtype); check_storage(dtype, dtype)
+    check_storage("bfloat16", "bfloat16", "nvme")
+    with pytest.raises(UserError, match="uint8 with parameters on nvme.*use bfloat16"): check_storage("uint8", "bfloat16", "nvme")
+    for storage, dtype in (("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")):
+        with pytest.raises(UserError, match=f"{storage} and the engine computes in {dtype}.*use uint8 or {dtype}"): check_storage(storage, dtype)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "ds.json"
+    with pytest.raises(UserError, match="No such file"): read_deepspeed(path)
+    for text, says in (('{"bf16": }', "not valid JSON.*line 1 column 10"), ("[1]", "holds a list")):
+        path.write_text(text)
+        with pytest.raises(UserError, match=says): read_deepspeed(path)
