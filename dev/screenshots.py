@@ -38,8 +38,8 @@ def chat(page, box):
     page.until(lambda: "done" in box.inner_text(), 120)
 
 
-WIDGETS = {inspector: ("02b_inspector", "inspect_rows(smol, rows, max_length=128"), explorer: ("03b_explorer", "explore_layers(weights, layer)"),
-           planner: ("07b_planner", 'Planner("'), chat: ("12b_chat", "comparison\n")}
+WIDGETS = {inspector: ("data/05_inspector", "inspect_rows(smol, rows, max_length=128"), explorer: ("model/04_explorer", "explore_layers(weights, layer)"),
+           planner: ("memory/03_planner", 'Planner("'), chat: ("use/03_chat", "comparison\n")}
 
 
 def cells_until(name, begins):

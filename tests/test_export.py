@@ -50,21 +50,22 @@ def test_stored_outputs_are_clean():
 
 IN_PLACE = re.compile(r"\.write_text\(|\.write_bytes\(|\bopen\([^()]*[\"'][rb]*[wxa+][bt+]*[\"']|\bcopyfile\(|\bcopy2\(|\bsafe_dump\([^()]*,\s*\w*file|\bjson\.dump\(")
 NOT_READ_AGAIN_OR_UNDER_ANOTHER_NAME = {
-    "data.py": ['with open(temp, "wb") as f:'],  # the atomic writer
+    "files.py": ['with open(temp, "wb") as f:'],  # the atomic writer
     "monitor.py": ['open(Path(folder)/"metrics.jsonl", "a"'],  # grows by whole lines; a torn last one is dropped
-    "loader.py": ["shutil.copyfile(file, folder/file.name)", "(folder/INDEX).write_text("],  # in a folder that gets its name in the end
+    "base.py": ["shutil.copyfile(file, folder/file.name)", "(folder/INDEX).write_text("],  # in a folder that gets its name in the end
     "lora.py": ['(new/"base.json").write_text(', '(new/RECORD).write_text('],
     "merge.py": ["(folder/INDEX).write_text(", "(folder/name).write_text("],
-    "memory.py": ['(Path(folder)/"config.json").write_text(text'],  # a temporary folder
-    "launch.py": ['(told/"output").open("wb")'],  # what a process prints
+    "predict.py": ['(Path(folder)/"config.json").write_text(text'],  # a temporary folder
+    "processes.py": ['(told/"output").open("wb")'],  # what a process prints
     "interruptions.py": ['file = path.open("w")'],  # holds nothing but its lock
-    "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(out, "a"', 'open(folder/f"layer-{i}.safetensors", "wb")'],  # prints, lines, and what shape.json vouches for
+    "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(out, "a"'],  # prints, and lines
+    "clock.py": ['open(folder/f"layer-{i}.safetensors", "wb")'],  # prints, lines, and what shape.json vouches for
 }
 
 
 def test_files_are_written_whole_or_not_at_all():
     """Whoever writes over a file that is read again loses it in a kill: `write_atomic`, or a folder that gets its name in the end."""
-    found = [(path.name, line.strip()) for path in (ROOT / "qlora_kit").glob("*.py") for line in path.read_text(encoding="utf-8").splitlines() if IN_PLACE.search(line)]
+    found = [(path.name, line.strip()) for path in (ROOT / "qlora_kit").glob("*/*.py") for line in path.read_text(encoding="utf-8").splitlines() if IN_PLACE.search(line)]
     assert len(found) > 8, "the pattern finds nothing any more"
     wrong = [f"{name}: {line}" for name, line in found if not any(allowed in line for allowed in NOT_READ_AGAIN_OR_UNDER_ANOTHER_NAME.get(name, []))]
     assert not wrong, "\n".join(wrong)

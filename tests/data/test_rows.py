@@ -302,7 +302,7 @@ def test_a_streamed_run_is_the_other_run_and_create_model_gets_what_it_names(tin
         "from qlora_kit.model.lora import add_lora\nfrom qlora_kit.model.loader import load_model\n"
         "def create_model(base_model_name, lora_config, *, folder, dtype, device, quant_type):\n"
         "    assert str(folder) == base_model_name\n"
-        "    return add_lora(load_model(folder, quant_type, dtype=dtype, device=device), lora_config.r, lora_config.lora_alpha, lora_config.lora_dropout, seed=0)\n"
+        "    return add_lora(load_model(folder, quant_type, dtype=dtype, device=device), lora_config.r, lora_config.lora_alpha, dropout=lora_config.lora_dropout, seed=0)\n"
         "def wrong(base_model_name, lora_config): return None\n")
     losses = []
     for name, more in (("a", {}), ("b", dict(data__streaming=True, model__create_model="my_model.create_model"))):

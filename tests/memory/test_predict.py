@@ -20,7 +20,7 @@ from qlora_kit.memory.budget import (
     changes, fill_card, fit_card, parse_size, smallest_change, traffic)
 from dataclasses import replace
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 SMALL = dict(vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
 FAMILIES = {
     "llama": SMALL,
@@ -316,7 +316,7 @@ def test_sizes_as_people_write_them():
 
 def measured(setup, timeout=400):
     """Predicted and measured bytes, from a process of its own."""
-    done = subprocess.run([sys.executable, HERE / "measure_memory.py", json.dumps(setup)], capture_output=True, text=True, timeout=timeout,
+    done = subprocess.run([sys.executable, ROOT / "dev/measure_memory.py", json.dumps(setup)], capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")})
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])

@@ -401,7 +401,7 @@ def test_no_fault_at_any_write_loses_a_run(scored_config, tmp_path):
     path = scored_config("faults")
     whole = run(path).run
     (tmp_path / "scratch").mkdir()
-    done = subprocess.run([sys.executable, str(Path(__file__).parent / "write_faults.py"), str(path), str(whole), str(tmp_path / "scratch")],
+    done = subprocess.run([sys.executable, str(Path(__file__).parents[2] / "dev/write_faults.py"), str(path), str(whole), str(tmp_path / "scratch")],
                           capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
 
