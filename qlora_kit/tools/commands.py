@@ -613,8 +613,8 @@ def evaluate_command(target: Annotated[str,
     from qlora_kit.use.evaluate import evaluate as measure
     cfg, rows = held_out_rows(target, data, trust_hooks)
     model, tokenizer, _ = load_trained(target, onto, base)
-    report = measure(model, tokenizer, steps=rows, rank=cfg.training.max_length, against=batch_size,
-                     recompute=cfg.data.loss_on, rows=ask)
+    report = measure(model, tokenizer, rows, max_length=cfg.training.max_length,
+                     batch_size=batch_size, loss_on=cfg.data.loss_on, ask=ask)
     if as_json:
         print(json.dumps(dict(target=target, data=str(data) if data else None, **asdict(report)),
                          ensure_ascii=False))
