@@ -1755,6 +1755,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'qlora_kit.use.merge.write_shards': ('use/merge.html#write_shards', 'qlora_kit/use/merge.py')},
             'qlora_kit.use.trained': { 'qlora_kit.use.trained.Trained': ('use/trained.html#trained', 'qlora_kit/use/trained.py'),
                                        'qlora_kit.use.trained.Unrecorded': ('use/trained.html#unrecorded', 'qlora_kit/use/trained.py'),
+                                       'qlora_kit.use.trained._load_alone': ('use/trained.html#_load_alone', 'qlora_kit/use/trained.py'),
                                        'qlora_kit.use.trained.choose_form': ('use/trained.html#choose_form', 'qlora_kit/use/trained.py'),
                                        'qlora_kit.use.trained.device_here': ('use/trained.html#device_here', 'qlora_kit/use/trained.py'),
                                        'qlora_kit.use.trained.find_adapter': ('use/trained.html#find_adapter', 'qlora_kit/use/trained.py'),

@@ -8,7 +8,7 @@ from datetime import date
 from importlib.metadata import version
 
 import torch
-from ladder_speed import report
+from level_speed import report
 from torch.nn.functional import scaled_dot_product_attention
 
 from qlora_kit.data.batches import cudnn_attention

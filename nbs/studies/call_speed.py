@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from ladder_speed import build, report
+from level_speed import build, report
 
 from qlora_kit.training.recompute import set_levels
 from qlora_kit.model.linear import decoded
@@ -60,9 +60,9 @@ def main():
         engine.backward(engine.forward(dict(input_ids=ids, labels=ids)), ids.numel())
         engine.step(1e-4)
     ms = {}
-    for rung in ("dense", "mlp", "layer"):
-        set_levels(model, rung)
-        ms[rung] = 1e3 * started(step, 8 if cuda else 1)
+    for level in ("dense", "mlp", "layer"):
+        set_levels(model, level)
+        ms[level] = 1e3 * started(step, 8 if cuda else 1)
     line = dict(task="calls", card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")}, us=us, ms_a_step=ms)
     report(line, a.out)
 

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import torch
-from ladder_speed import report
+from level_speed import report
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

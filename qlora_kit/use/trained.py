@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'ONTO', 'Trained', 'find_adapter', 'recorded', 'saved_form', 'choose_form', 'find_base', 'Unrecorded',
-           'find_trained', 'load_trained', 'device_here']
+           'find_trained', 'device_here', 'load_trained']
 
 # %% ../../nbs/use/02_trained.ipynb #usetrainedd
 import sys
@@ -15,9 +15,11 @@ import torch
 import yaml
 
 from ..data.files import UserError
-from ..model.base import resolve_base
-from ..model.loader import read_config, saved_quantization
-from ..model.lora import adapter_settings, read_object, RECORD
+from ..data.tokens import ensure_template
+from ..model.base import load_tokenizer, resolve_base
+from ..model.loader import load_model, read_config, saved_quantization
+from ..model.lora import adapter_settings, check_adapter, load_adapter, read_object, RECORD
+from ..training.engine import compute_dtype
 
 # %% ../../nbs/use/02_trained.ipynb #16merge025
 @dataclass(frozen=True)
@@ -34,38 +36,42 @@ class Trained:
 def find_adapter(
     target:str|Path, # run folder or adapter folder
 )->Path|None: # the adapter's folder
-    "Where the adapter is, if there is one."
-    return next((p for p in (Path(target)/"adapter", Path(target))
-                 if (p/"adapter_config.json").is_file()), None)
+    "Find the adapter of a run, if there is one."
+    places = Path(target)/"adapter", Path(target)
+    return next((p for p in places if (p/"adapter_config.json").is_file()), None)
 
 def recorded(
     adapter:Path, # its folder
-)->dict|None: # quant_type, double_quant, dtype, base_model, system_prompt, max_length, loss_on: those that are known; None: nothing is
-    "What the adapter was trained with, by its own record or by its run's files."
+)->dict|None: # the known ones of quant_type, dtype, base_model, system_prompt …; None: nothing is
+    "Read what an adapter was trained with, from its own record or from its run's files."
     if (adapter/RECORD).is_file(): return read_object(adapter/RECORD)
-    file, environment = adapter.resolve().parent/"config.yaml", adapter.resolve().parent/"environment.json"
+    run = adapter.resolve().parent
+    file, environment = run/"config.yaml", run/"environment.json"
     try: said = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (ValueError, yaml.YAMLError) as e:
         raise UserError(f"{file} is damaged ({' '.join(str(e).split())}); mend it, or move "
                         f"{adapter} elsewhere") from None
-    model, training, data = (said.get(part) or {} if isinstance(said, dict) else {} for part in (
-        "model", "training", "data"))
+    said = said if isinstance(said, dict) else {}
+    model, training, data = (said.get(part) or {} for part in ("model", "training", "data"))
     if not isinstance(model, dict) or "quant_type" not in model: return None # no run's
     dtype = training.get("dtype", "float32")
     if dtype == "auto":
-        dtype = "bfloat16" if environment.is_file() and read_object(environment).get("card") else "float32"
+        on_card = environment.is_file() and read_object(environment).get("card")
+        dtype = "bfloat16" if on_card else "float32"
     known = model | data | training | {"dtype": dtype}
-    return {k: known[k] for k in ("quant_type", "double_quant", "dtype", "base_model",
-        "system_prompt", "max_length", "loss_on") if k in known}
+    wanted = ("quant_type", "double_quant", "dtype", "base_model", "system_prompt", "max_length",
+              "loss_on")
+    return {key: known[key] for key in wanted if key in known}
 
 # %% ../../nbs/use/02_trained.ipynb #16merge026b
-DTYPES, ONTO = ("bfloat16", "float16", "float32"), ("quantized", "original")
+DTYPES = ("bfloat16", "float16", "float32")
+ONTO = ("quantized", "original")
 
 def saved_form(
     base:Path, # folder of a model
-    onto:str|None, # what the user chose, to be checked against it
-)->dict|None: # quant_type and double_quant of its files, if they are in 4 bits; `UserError` for a choice that is not there
-    "In which form a model is saved."
+    onto:str|None, # what the user chose: one of `ONTO`, or None
+)->dict|None: # quant_type and double_quant of files in 4 bits; `UserError` if `onto` does not fit
+    "Read in which form a model is saved."
     if onto not in (None, *ONTO):
         raise UserError(f"onto: received {onto!r}; allowed are quantized (the base in 4 bits) and "
                         "original (as its checkpoint holds it)")
@@ -80,7 +86,7 @@ def choose_form(
     base:Path, # folder of the base
     onto:str|None=None, # quantized, original, or None: as trained
 )->dict|None: # the same for use; None: only the user can know
-    "In which form to take the weights of a base."
+    "Choose the form in which to take the weights of a base."
     saved = saved_form(base, onto)
     if onto == "original": return {"quant_type": "none"}
     trained = known or saved
@@ -97,13 +103,14 @@ def find_base(
     if base: return resolve_base(base)
     config, error = adapter_settings(adapter), None
     names = [config.base_model_name_or_path, (known or {}).get("base_model")]
-    for name in filter(None, names if (adapter/RECORD).is_file() else reversed(names)):
+    if not (adapter/RECORD).is_file(): names.reverse()
+    for name in filter(None, names):
         try: return resolve_base(name, config.revision)
         except UserError as e: error = error or f"its base {name} cannot be opened ({e})"
-    raise UserError(f"{adapter}: "
-                    f"{error or 'adapter_config.json names no base (base_model_name_or_path)'}; "
-                    "name the base with --base")
+    error = error or "adapter_config.json names no base (base_model_name_or_path)"
+    raise UserError(f"{adapter}: {error}; name the base with --base")
 
+# %% ../../nbs/use/02_trained.ipynb #usetrained027a
 class Unrecorded(UserError):
     "Nothing says in which form an adapter saw its base."
 
@@ -111,8 +118,8 @@ def find_trained(
     target:str|Path, # run folder or adapter folder
     onto:str|None=None, # quantized, original, or None: as it was trained
     base:str|None=None, # folder or hub id of the base; None: the one that the adapter names
-)->Trained: # `UserError` if there is no adapter, or no base; `Unrecorded` if the form of the base is unknown
-    "What a folder says about the model that was trained."
+)->Trained: # `UserError` without adapter or base; `Unrecorded` if the form of the base is unknown
+    "Read what a folder says about the model that was trained."
     if (adapter := find_adapter(target)) is None:
         raise UserError(f"{target} has no adapter; name a run folder whose run has ended, or an "
                         "adapter folder")
@@ -128,48 +135,42 @@ def find_trained(
     if dtype not in DTYPES:
         raise UserError(f"{adapter}: its record names the dtype {dtype!r}; allowed are "
                         f"{', '.join(DTYPES)}")
-    return Trained(adapter, folder, quant_type=form.get("quant_type"), double_quant=form.get(
-        "double_quant", True), dtype=getattr(torch, dtype), system_prompt=(known or {}).get(
-            "system_prompt"))
+    return Trained(adapter, folder, quant_type=form.get("quant_type"),
+                   double_quant=form.get("double_quant", True), dtype=getattr(torch, dtype),
+                   system_prompt=(known or {}).get("system_prompt"))
 
 # %% ../../nbs/use/02_trained.ipynb #17launch063b
-def load_trained(target:str, # run folder, adapter folder, or a model
+def device_here()->str: # cuda or cpu
+    "Return the first card, where there is one."
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+def _load_alone(target, onto, base, **where):
+    "Load a model that has no adapter."
+    if (Path(target)/"state.json").exists():
+        raise UserError(f"{target} has no adapter yet; finish the run with --resume")
+    if base:
+        raise UserError(f"--base: {target} has no adapter, so it is a base itself; leave "
+                        "--base out")
+    folder = resolve_base(target)
+    form = choose_form(saved_form(folder, onto) or {"quant_type": "none"}, folder, onto)
+    return load_model(folder, **form, **where), ensure_template(load_tokenizer(folder)), None
+
+def load_trained(
+    target:str, # run folder, adapter folder, or a model
     onto:str|None=None, # quantized, original, or None: as trained, without adapter as saved
     base:str|None=None, # of the adapter; None: the one that it names
-    ): # model, tokenizer, system prompt
-    "The model that answers."
-    import torch
-    from qlora_kit.model.loader import load_model
-    from qlora_kit.model.base import load_tokenizer, resolve_base
-    from qlora_kit.model.lora import check_adapter, load_adapter
-    from qlora_kit.use.trained import (
-        choose_form, find_adapter, find_trained, saved_form, Unrecorded)
-    from qlora_kit.data.tokens import ensure_template
-    from qlora_kit.training.engine import compute_dtype
+)->tuple: # model, tokenizer, system prompt
+    "Load the model that answers."
     device = device_here()
-    dtype = getattr(torch, compute_dtype("auto", device))
-    if find_adapter(target) is None:
-        if (Path(target)/"state.json").exists():
-            raise UserError(f"{target} has no adapter yet; finish the run with --resume")
-        if base:
-            raise UserError(f"--base: {target} has no adapter, so it is a base itself; leave "
-                            "--base out")
-        folder = resolve_base(target)
-        form = choose_form(saved_form(folder, onto) or {"quant_type": "none"}, folder, onto)
-        return load_model(folder, **form, dtype=dtype,
-                          device=device), ensure_template(load_tokenizer(folder)), None
+    where = dict(dtype=getattr(torch, compute_dtype("auto", device)), device=device)
+    if find_adapter(target) is None: return _load_alone(target, onto, base, **where)
     try: t = find_trained(target, onto, base)
     except Unrecorded:
         print(f"{target} does not say in which form it saw its base; it is used on the original "
               "weights, as PEFT would (--onto quantized: in NF4)", file=sys.stderr)
         t = find_trained(target, "original", base)
     check_adapter(t.adapter) # before the base is loaded
-    model = load_adapter(load_model(t.base, t.quant_type, double_quant=t.double_quant, dtype=dtype,
-                                    device=device), t.adapter)
+    model = load_model(t.base, t.quant_type, double_quant=t.double_quant, **where)
     own = t.adapter if (t.adapter/"tokenizer_config.json").is_file() else t.base
-    return model, ensure_template(load_tokenizer(own)), t.system_prompt
-
-def device_here()->str: # cuda or cpu
-    "The first card, where there is one."
-    import torch
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = ensure_template(load_tokenizer(own))
+    return load_adapter(model, t.adapter), tokenizer, t.system_prompt

@@ -1,7 +1,7 @@
-"""Speed and memory of each rung of the ladder, random weights of a known shape on one card: python nbs/studies/ladder_speed.py [--shape NAME] [--batch B,…] [--within GB] [--out FILE]
+"""Speed and memory of each level of recomputation, random weights of a known shape on one card: python nbs/studies/level_speed.py [--shape NAME] [--batch B,…] [--within GB] [--out FILE]
 
-A step is forward, backward, clipping and AdamW; it is waited for, and the median of eight counts, after three that warm up. One JSON line for each rung.
-`--within` asks what a smaller card would do: `auto` fills that many GB, and a rung that needs more is left out."""
+A step is forward, backward, clipping and AdamW; it is waited for, and the median of eight counts, after three that warm up. One JSON line for each level.
+`--within` asks what a smaller card would do: `auto` fills that many GB, and a level that needs more is left out."""
 import argparse
 import json
 import time
@@ -33,9 +33,9 @@ def build(setup):
     return model, LocalEngine(module, make_optimizer(module), 1.0, setup.device)
 
 
-def measure(model, engine, setup, rungs, steps=8, warm=3):
+def measure(model, engine, setup, levels, steps=8, warm=3):
     """Seconds of the median step, and the peak in bytes."""
-    set_levels(model, rungs)
+    set_levels(model, levels)
     cuda = setup.device == "cuda"
     if cuda:
         torch.cuda.empty_cache()
@@ -65,7 +65,7 @@ def main():
     ask.add_argument("--shape", default="llama-3.1-8b")
     ask.add_argument("--batch", default="4")
     ask.add_argument("--length", type=int, default=2048)
-    ask.add_argument("--rungs", default=",".join(("auto", *LEVELS)))
+    ask.add_argument("--levels", default=",".join(("auto", *LEVELS)))
     ask.add_argument("--within", type=float)
     ask.add_argument("--out")
     a = ask.parse_args()
@@ -76,14 +76,14 @@ def main():
     about = dict(card=torch.cuda.get_device_name() if cuda else "cpu", date=str(date.today()), versions={n: version(n) for n in ("torch", "transformers", "bitsandbytes")})
     if a.within:
         about["within_gb"] = a.within
-    for setup, rung in product((first, *others), a.rungs.split(",")):
-        chosen = fill_card(setup, limit) if rung == "auto" else replace(setup, recompute=rung)
+    for setup, level in product((first, *others), a.levels.split(",")):
+        chosen = fill_card(setup, limit) if level == "auto" else replace(setup, recompute=level)
         if a.within and not fit_card(chosen, limit).fits:
             continue
-        line = dict(shape=a.shape, batch=setup.batch, length=a.length, rung=rung, predicted_gb=predict(chosen).peak / GB, **about)
+        line = dict(shape=a.shape, batch=setup.batch, length=a.length, level=level, predicted_gb=predict(chosen).peak / GB, **about)
         try:
             seconds, peak = measure(model, engine, setup, chosen.recompute)
-            line |= dict(layers=levels_in_words(chosen.recompute) if rung == "auto" else rung, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
+            line |= dict(layers=levels_in_words(chosen.recompute) if level == "auto" else level, ms=1e3 * seconds, tokens_per_s=setup.batch * setup.length / seconds, peak_gb=peak / GB)
         except torch.OutOfMemoryError:
             line |= dict(layers="more than the card has")
             engine.optimizer.zero_grad()
