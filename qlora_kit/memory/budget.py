@@ -84,7 +84,7 @@ def smallest_change(
     setup:Setup, # the run
     limit:int, # bytes of the card
     margin:float=0.05, # as in `fit_card`
-)->tuple[dict, Fit]|None: # settings to change and what comes of it; ({}, …): none, None: nothing helps
+)->tuple[dict, Fit]|None: # settings to change, the `Fit` then; None: nothing helps
     "Find the cheapest combination of `changes` that makes a run fit."
     choices = product(*([(0, {}), *kind] for kind in changes(setup)))
     for chosen in sorted(choices, key=lambda kinds: sum(cost for cost, _ in kinds)):
