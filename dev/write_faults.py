@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-import qlora_kit.data.rows as data
+from qlora_kit.data import files
 from qlora_kit.run.checkpoint import checkpoints, step_of
 from qlora_kit.run.config import load_config
 from qlora_kit.run.train import train
@@ -31,7 +31,7 @@ class Faults:
         self.folder, self.strike, self.how, self.seen = folder, strike, how, []
         for module in (builtins, io): module.open = self.opening(module.open)
         os.replace, os.rename, os.ftruncate = self.before(os.replace), self.before(os.rename), self.before(os.ftruncate)
-        data.fsync, data.exchange = self.before(data.fsync), self.after(self.before(data.exchange))
+        files.fsync, files.exchange = self.before(files.fsync), self.after(self.before(files.exchange))
 
     def meet(self, what, path):
         path = Path(os.readlink(f"/proc/self/fd/{path}") if isinstance(path, int) else path).absolute()

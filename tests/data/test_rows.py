@@ -1,5 +1,5 @@
 "Data: what a person's file can hold, beyond the cases that the page shows."
-import json, os, subprocess, sys, threading
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +8,7 @@ from qlora_kit.data import rows as data
 from qlora_kit.data.rows import (
     Conversation, conversation, find_format, given_conversations, held_out, hub_name,
     load_conversations, load_rows, split, stream_conversations)
-from qlora_kit.data.files import put_in_place, UserError, write_atomic
+from qlora_kit.data.files import UserError
 
 ROW = dict(instruction="请解释什么是机器学习", input="", output="从数据中总结规律")
 
@@ -311,39 +311,3 @@ def test_a_streamed_run_is_the_other_run_and_create_model_gets_what_it_names(tin
     assert losses[0] == losses[1] and len(losses[0]) == 3
     with pytest.raises(UserError, match="my_model.wrong returned a NoneType; return the PEFT model"):
         train(load_config(tiny_config("c", model__create_model="my_model.wrong")), "c", quiet=True, base=tmp_path)
-
-
-@pytest.mark.parametrize("broken", ["os.fsync", "os.replace"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, broken):
-    def full(*args): raise OSError(28, "No space left on device")
-    write_atomic(tmp_path / "a", "old")
-    monkeypatch.setattr(broken, full)
-    with pytest.raises(OSError): write_atomic(tmp_path / "a", b"new")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_text() == "old"
-
-
-@pytest.mark.parametrize("swaps", [True, False])
-def test_a_folder_is_put_in_place_of_another(tmp_path, monkeypatch, swaps):
-    if not swaps: monkeypatch.setattr(data, "exchange", lambda a, b: False)
-    for n in "123":
-        (tmp_path / "new/deeper").mkdir(parents=True)
-        (tmp_path / "new/deeper/file").write_text(n)
-        assert put_in_place(tmp_path / "new", tmp_path / "folder") == tmp_path / "folder"
-        assert [p.name for p in tmp_path.iterdir()] == ["folder"] and (tmp_path / "folder/deeper/file").read_text() == n
-
-
-def test_there_is_no_moment_without_the_folder(tmp_path):
-    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    if not data.exchange(tmp_path / "a", tmp_path / "b"): pytest.skip("this disk cannot swap names")
-    folder, missed, over = tmp_path / "folder", [], threading.Event()
-    def look():
-        while not over.is_set(): missed.append(not folder.exists())
-    folder.mkdir()
-    reader = threading.Thread(target=look)
-    reader.start()
-    for _ in range(200):
-        (tmp_path / "new").mkdir()
-        (tmp_path / "new/file").write_text("new")
-        put_in_place(tmp_path / "new", folder)
-    over.set(), reader.join()
-    assert len(missed) > 100 and not any(missed)

@@ -100,7 +100,7 @@ def test_the_verdict_is_that_of_the_memory_page():
 
 def test_an_answer_is_computed_once(monkeypatch):
     calls = []
-    monkeypatch.setattr("qlora_kit.memory.predict.predict", lambda s, f=memory.predict: calls.append(s) or f(s))
+    monkeypatch.setattr("qlora_kit.memory.budget.predict", lambda s, f=memory.predict: calls.append(s) or f(s))
     fit_levels.cache_clear(); change_for.cache_clear()
     planner = Planner(Setup(SMALL, batch=16, length=4096), memory=2)
     first = planner.verdict()

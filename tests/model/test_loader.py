@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from qlora_kit.model import loader
+from qlora_kit.model import base, loader
 from qlora_kit.data.files import UserError
 from qlora_kit.model.loader import load_model, packed_hash, quantization_config
 from qlora_kit.model.base import load_tokenizer, resolve_base
@@ -290,7 +290,7 @@ def test_gguf_that_is_none(tmp_path, cache):
     (hub_errors.HFValidationError("a/b/c"), "not a hub id.*smollm2-135m-instruct")])
 def test_hub_errors_name_what_to_use(monkeypatch, error, says):
     def fail(*args, **kwargs): raise error
-    monkeypatch.setattr(loader, "snapshot_download", fail)
+    monkeypatch.setattr(base, "snapshot_download", fail)
     with pytest.raises(UserError, match=says): resolve_base("owner/model")
 
 
@@ -300,8 +300,8 @@ def test_hub_fetches_safetensors_first_and_only_what_is_needed(folders, tmp_path
         asked.append((repo, revision, allow_patterns[0]))
         return str(folders["llama"] if repo == "new" else old if "bin" in allow_patterns[0] else tmp_path)
     old = pickled(folders["llama"], tmp_path/"old")
-    monkeypatch.setattr(loader, "snapshot_download", fetch)
-    monkeypatch.setattr(loader, "find_spec", lambda package: None)
+    monkeypatch.setattr(base, "snapshot_download", fetch)
+    monkeypatch.setattr(base, "find_spec", lambda package: None)
     assert resolve_base("new", "v1") == folders["llama"]
     assert resolve_base("old").parent == cache
     resolve_base("SmolLM2-135M-Instruct")  # its package is not installed

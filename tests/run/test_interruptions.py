@@ -32,9 +32,9 @@ def gone(pid):
         return True
 
 
-@pytest.mark.parametrize("module", ["interruptions", "launch"])
+@pytest.mark.parametrize("module", ["qlora_kit.run.interruptions", "qlora_kit.tools.commands", "qlora_kit.launch"])
 def test_the_watch_begins_before_the_slow_imports(module):
-    code = f"import sys, qlora_kit.{module}; print([m for m in ('torch', 'transformers', 'peft', 'deepspeed') if m in sys.modules])"
+    code = f"import sys, {module}; print([m for m in ('torch', 'transformers', 'peft', 'deepspeed') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
@@ -96,11 +96,11 @@ def test_a_command_that_died_before_deepspeeds_process_had_a_rank(monkeypatch):
     monkeypatch.setattr(interruptions, "is_python", lambda number: number != 7)
     for hosts, parent, expected in (("a", 7, interruptions.GONE), ("a", 8, 8), ("a b", 7, 7), ("a", 0, 0)):
         seen = {"ppid": parent, "cmdline": ["python", "-m", "deepspeed.launcher.launch", f"--world_info={world[hosts]}", "train.py"]}
-        monkeypatch.setattr(interruptions, "look", lambda number, what, default=None: seen[what])
+        monkeypatch.setattr(interruptions, "ask_process", lambda number, what, default=None: seen[what])
         assert interruptions.command_of(99) == expected
 
 
-SHOW = "import os; from qlora_kit.interruptions import *; print([(os.getpid(), os.getppid()), launchers(), intact(launchers())])"
+SHOW = "import os; from qlora_kit.run.interruptions import *; print([(os.getpid(), os.getppid()), launchers(), intact(launchers())])"
 
 
 def shown(*command):
