@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'MOMENTS', 'BITSANDBYTES_NAMES', 'trainable', 'make_optimizer', 'dims', 'optimizer_class', 'set_lr',
            'to_device', 'LocalEngine', 'local_step', 'Numbers', 'local_state', 'load_local_state', 'fill_moments',
-           'local_scale', 'set_local_scale', 'RankInfo', 'free_port', 'sharing', 'join_ranks', 'compute_dtype',
-           'seed_step', 'leave', 'DeepSpeedEngine', 'forgotten_scale', 'loss_scaler', 'sharded_step', 'sharded_total',
+           'local_scale', 'set_local_scale', 'RankInfo', 'free_port', 'sharing', 'join_ranks', 'leave', 'compute_dtype',
+           'seed_step', 'DeepSpeedEngine', 'forgotten_scale', 'loss_scaler', 'sharded_step', 'sharded_total',
            'sharded_scale', 'set_sharded_scale', 'masters', 'base_optimizer', 'at_hand', 'empty_moments', 'held',
            'fp32_copies', 'whole_tensor', 'gather_sharded', 'sharded_state', 'shard', 'put', 'load_sharded_state',
            'reads_of', 'register_reads', 'layers_of', 'why_no_leaves', 'with_gradient', 'make_leaves', 'keep_trained',
@@ -30,14 +30,6 @@ from ..model.linear import Keep
 from .loss import target_places
 from .recompute import decoder_layers
 
-# %% ../../nbs/training/04_engine.ipynb #09engine010
-class _Line(nn.Module):
-    "y = w·x + b with a summed squared error: the smallest thing that an engine can train."
-    def __init__(self):
-        super().__init__()
-        self.model = nn.Linear(3, 1)
-    def forward(self, x, y): return ((self.model(x)-y)**2).sum()
-
 # %% ../../nbs/training/04_engine.ipynb #09engine012
 def trainable(module:nn.Module, # the module that computes the loss; the PEFT model is its `model`
     )->dict: # name in the PEFT model → parameter
@@ -50,20 +42,21 @@ def make_optimizer(module:nn.Module, # as in `trainable`
     kind:str="adamw", # one of `OPTIMIZERS`
     loraplus_ratio:float=1.0, # learning rate of B (and of vectors) over that of A, from 1
     )->torch.optim.Optimizer: # its learning rate is set by `step`
-    "AdamW over the trained parameters, matrices and vectors in groups of their own (LoRA+, arXiv 2402.12354)."
+    "AdamW over the trained parameters, matrices and vectors apart (LoRA+, arXiv 2402.12354)."
     named = trainable(module)
     fast = {n for n, p in named.items() if loraplus_ratio != 1 and (".lora_B." in n or dims(p) < 2)}
-    groups = [{"params": [p for n, p in named.items() if (dims(p) >= 2) == matrix
-                          and (n in fast) == quick],
-               "weight_decay": weight_decay if matrix else 0.0, "ratio": loraplus_ratio if quick
-               else 1.0}
+    groups = [{"params": [p for n, p in named.items() if (dims(p) >= 2) == matrix and (n in fast) == quick],
+               "weight_decay": weight_decay if matrix else 0.0,
+               "ratio": loraplus_ratio if quick else 1.0}
               for matrix in (True, False) for quick in (False, True)]
-    device, settings = next(iter(named.values())).device.type, {"fused": True} if kind == "adamw" else {}
+    device = next(iter(named.values())).device.type
+    settings = {"fused": True} if kind == "adamw" else {}
     return optimizer_class(kind, device)([g for g in groups if g["params"]], lr=0.0,
                                          betas=(0.9, 0.999), eps=1e-8, **settings)
 
-def dims(p)->int: # under ZeRO-3 a parameter's own shape is empty, and `ds_shape` has the real one
-    "Number of dimensions of the whole parameter."
+def dims(p:nn.Parameter, # under ZeRO-3 its own shape is empty, and `ds_shape` has the real one
+    )->int: # dimensions
+    "Count the dimensions of the whole parameter."
     return len(getattr(p, "ds_shape", p.shape))
 
 # %% ../../nbs/training/04_engine.ipynb #09engine019
@@ -73,7 +66,7 @@ OPTIMIZERS = {"adamw": "AdamW", "adamw_8bit": "AdamW8bit", "paged_adamw_8bit": "
 def optimizer_class(kind:str, # one of OPTIMIZERS
     device:str="cpu", # cpu or cuda
     )->type: # torch's or bitsandbytes'; `UserError` if there is none, or none for this device
-    "The class of an optimizer."
+    "Return the class of an optimizer."
     if kind not in OPTIMIZERS:
         raise UserError(f"optimizer: received {kind!r}; allowed are {', '.join(OPTIMIZERS)}")
     if kind == "adamw": return torch.optim.AdamW
@@ -84,15 +77,16 @@ def optimizer_class(kind:str, # one of OPTIMIZERS
     return getattr(bitsandbytes.optim, OPTIMIZERS[kind])
 
 # %% ../../nbs/training/04_engine.ipynb #09engine022
-def set_lr(optimizer, lr:float)->None: # of this step
+def set_lr(optimizer:torch.optim.Optimizer, # from `make_optimizer`
+    lr:float, # of this step
+    )->None:
     "Give every group the learning rate of this step, times its ratio."
     for group in optimizer.param_groups: group["lr"] = lr*group.get("ratio", 1.0)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine024
-def to_device(
-    batch:dict, # tensors [B,T]
+def to_device(batch:dict, # tensors [B,T]
     device:str, # cpu or cuda:N
-)->dict: # the same, and `places` of its targets
+    )->dict: # the same, and `places` of its targets
     "Send a batch."
     if "labels" in batch: batch = batch | {"places": target_places(batch["labels"])}
     if device == "cpu": return batch
@@ -120,7 +114,10 @@ class LocalEngine:
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss, a scalar
         return self.module(**to_device(batch, self.device))
 
-    def backward(self, loss:torch.Tensor, n:int, last:bool=True)->None: # n: targets of the global batch
+    def backward(self, loss:torch.Tensor,
+        n:int, # targets of the global batch
+        last:bool=True, # micro-batch of the step
+    )->None:
         self.scaler.scale(loss/n).backward()
 
     def gather(self)->dict: # name → whole tensor, fp32, on the CPU
@@ -129,7 +126,9 @@ class LocalEngine:
     def total(self, x:float)->float: return float(x)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine027
-def local_step(self:LocalEngine, lr:float)->float|torch.Tensor: # gradient norm before clipping; a tensor where it has not been read
+def local_step(self:LocalEngine,
+    lr:float, # learning rate of this step
+    )->float|torch.Tensor: # gradient norm before clipping; a tensor where it has not been read
     "Clip, update, forget the gradients."
     set_lr(self.optimizer, lr)
     self.scaler.unscale_(self.optimizer)
@@ -150,13 +149,15 @@ LocalEngine.step = local_step
 class Numbers:
     "Scalars on their way from a device."
     def __init__(self, *scalars): # floats, or tensors of one number
-        device = next((x.device for x in scalars if isinstance(x, torch.Tensor) and x.is_cuda),
-                      None)
+        on_card = (x.device for x in scalars if isinstance(x, torch.Tensor) and x.is_cuda)
+        device = next(on_card, None)
         both = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=device)
                             for x in scalars])
-        self.host = torch.empty(both.shape, dtype=both.dtype,
-                                pin_memory=True).copy_(both, non_blocking=True) if device else both
-        self.event = torch.cuda.current_stream(device).record_event() if device else None
+        self.host, self.event = both, None
+        if device is None: return
+        pinned = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+        self.host = pinned.copy_(both, non_blocking=True)
+        self.event = torch.cuda.current_stream(device).record_event()
 
     def read(self)->list: # of floats
         "Wait until they are here."
@@ -169,8 +170,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 BITSANDBYTES_NAMES = {"exp_avg": "state1", "exp_avg_sq": "state2", "exp_avg_absmax": "absmax1",
     "exp_avg_sq_absmax": "absmax2"}
 
-def local_state(self:LocalEngine)->dict: # "kind/name" → tensor on the CPU: fp32, or the codes of 8-bit moments as uint8
-    "Masters and moments of every trained parameter; zeros before the first step."
+def local_state(self:LocalEngine,
+    )->dict: # "kind/name" → tensor on the CPU: fp32, or the codes of 8-bit moments as uint8
+    "Copy masters and moments of every trained parameter; zeros before the first step."
     out = {f"param/{n}": t for n, t in self.gather().items()}
     for name, p in trainable(self.module).items():
         state = self.optimizer.state.get(p, {})
@@ -182,7 +184,10 @@ def local_state(self:LocalEngine)->dict: # "kind/name" → tensor on the CPU: fp
 
 # %% ../../nbs/training/04_engine.ipynb #09engine037
 @torch.no_grad()
-def load_local_state(self:LocalEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
+def load_local_state(self:LocalEngine,
+    tensors:dict, # from `local_state`, or from the other engine
+    step:int, # optimizer steps taken so far
+    )->None:
     "Put masters and moments back."
     for i, group in enumerate(self.optimizer.param_groups):
         names = {p: n for n, p in trainable(self.module).items()}
@@ -196,7 +201,14 @@ def load_local_state(self:LocalEngine, tensors:dict, step:int)->None: # step: op
                                            **moments}
             else: fill_moments(self.optimizer, group, p=p, place=(i, j), kept=kept, step=step)
 
-def fill_moments(optimizer, group:dict, p, *, place:tuple, kept:dict, step:int)->None: # place: of group, and of p in it
+def fill_moments(optimizer:torch.optim.Optimizer, # one of bitsandbytes'
+    group:dict, # of the optimizer
+    *,
+    p:nn.Parameter, # of the group
+    place:tuple, # number of the group, and of p in it
+    kept:dict, # key of BITSANDBYTES_NAMES → tensor
+    step:int, # optimizer steps taken so far
+    )->None:
     "Copy moments into the buffers of one of bitsandbytes' optimizers."
     if not optimizer.state[p]: optimizer.init_state(group, p, *place)
     if p.is_cuda: torch.cuda.synchronize() # a paged buffer is still being zeroed by the card
@@ -206,12 +218,15 @@ def fill_moments(optimizer, group:dict, p, *, place:tuple, kept:dict, step:int)-
 LocalEngine.state, LocalEngine.load = local_state, load_local_state
 
 # %% ../../nbs/training/04_engine.ipynb #09engine044
-def local_scale(self:LocalEngine)->dict|None: # JSON; None unless fp16
-    "The loss scale, and the steps since it last changed."
+def local_scale(self:LocalEngine,
+    )->dict|None: # JSON; None unless fp16
+    "Return the loss scale, and the steps since it last changed."
     if not self.fp16: return None
     return {"scale": self.scaler.get_scale(), "since": self.scaler._get_growth_tracker()}
 
-def set_local_scale(self:LocalEngine, scale:dict|None)->None: # from `local_scale`, or from the other engine
+def set_local_scale(self:LocalEngine,
+    scale:dict|None, # from `local_scale`, or from the other engine
+    )->None:
     "Go on with a loss scale."
     if self.fp16 and scale:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale["scale"],
@@ -227,8 +242,8 @@ class RankInfo:
     ranks: int = 1
     device: str = "cpu"
 
-def free_port()->int: # a TCP port of this machine that nobody listens on
-    "Where the ranks of a run can meet."
+def free_port()->int: # a TCP port of this machine on which nothing listens
+    "Find a port where the ranks of a run can meet."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -236,17 +251,18 @@ def free_port()->int: # a TCP port of this machine that nobody listens on
 # %% ../../nbs/training/04_engine.ipynb #09engine052
 def sharing(ranks:int, # on this machine
     cards:int, # on this machine; 0: CPU ranks
-    )->str|None: # one line; None: nobody shares
-    "What a person should know about more ranks than cards."
-    if 0 < cards < ranks:
-        return f"{ranks} ranks share {cards} card{'s'*(cards > 1)} over gloo: right for learning and tests, not for speed"
+    )->str|None: # one line; None: each rank has its own
+    "Tell a person about more ranks than cards."
+    if not 0 < cards < ranks: return None
+    return (f"{ranks} ranks share {cards} card{'s'*(cards > 1)} over gloo: "
+            "right for learning and tests, not for speed")
 
 # %% ../../nbs/training/04_engine.ipynb #09engine053
-def join_ranks(several:bool=False, # join the other ranks through DeepSpeed, even if this is the only one
+def join_ranks(several:bool=False, # join through DeepSpeed, even if this is the only rank
     )->RankInfo: # of this process
     "Pick the device and, with several ranks, join them."
-    cuda, local = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu", int(os.environ.get(
-        "LOCAL_RANK", 0))
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", 0))
     cards = torch.cuda.device_count() if cuda else 0
     device = f"cuda:{local % cards}" if cards else "cpu"
     if cards:
@@ -256,8 +272,7 @@ def join_ranks(several:bool=False, # join the other ranks through DeepSpeed, eve
     import deepspeed
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0",
-                       "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port())}
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     per_host = int(next(os.environ[k] for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
                         if k in os.environ))
     if "OMP_NUM_THREADS" not in os.environ:
@@ -268,35 +283,34 @@ def join_ranks(several:bool=False, # join the other ranks through DeepSpeed, eve
         print(sharing(per_host, cards), file=sys.stderr)
     return place
 
+# %% ../../nbs/training/04_engine.ipynb #09engine055
+def leave()->None:
+    "Part from the other ranks, once all of them are here; alone, do nothing."
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
 # %% ../../nbs/training/04_engine.ipynb #15train027
 def compute_dtype(dtype:str, # auto, float32, bfloat16 or float16
     device:str, # cpu or cuda:N
     )->str: # float32, bfloat16 or float16
-    "A CPU without bf16 instructions is about eight times slower in bf16, and older cards have none, so `auto` looks at the device."
+    "Choose the dtype that suits the device, where `auto` leaves it open."
     if dtype != "auto": return dtype
     if device == "cpu": return "float32"
     return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
 
 # %% ../../nbs/training/04_engine.ipynb #11checkpoint031
-def seed_step(
-    seed:int, # of the run
+def seed_step(seed:int, # of the run
     step:int, # optimizer steps taken, below 1,000,003
     rank:int=0, # of this process, below 4099
-):
-    "Make every draw of a step a function of (seed, step, rank), on the CPU and on cards; no two share a seed."
+    )->None:
+    "Make every draw a function of (seed, step, rank), on the CPU and on cards; no two share a seed."
     torch.manual_seed(((seed*1_000_003 + step)*4099 + rank) % 2**63)
-
-# %% ../../nbs/training/04_engine.ipynb #09engine055
-def leave()->None:
-    "Part from the other ranks, once all of them are here; alone, nothing."
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 # %% ../../nbs/training/04_engine.ipynb #09engine057
 @dataclass
 class DeepSpeedEngine:
-    "Several ranks, or one, under a DeepSpeed config from page 08."
+    "Several ranks, or one, under a DeepSpeed config from `zero_config`."
     module: nn.Module # batch → summed loss
     optimizer: torch.optim.Optimizer
     config: dict # complete DeepSpeed config
@@ -318,21 +332,30 @@ class DeepSpeedEngine:
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss of this rank
         return self.ds(**to_device(batch, self.device))
 
-    def backward(self, loss:torch.Tensor, n:int, last:bool=True)->None: # n: targets of the global batch, over all ranks
+    def backward(self, loss:torch.Tensor,
+        n:int, # targets of the global batch, over all ranks
+        last:bool=True, # micro-batch of the step
+    )->None:
         self.ds.set_gradient_accumulation_boundary(last)
         self.ds.backward(loss*(self.ranks/n*forgotten_scale(self.ds)), scale_wrt_gas=False)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine059
-def forgotten_scale(ds)->float: # 1 but for fp16 at stage 0
-    "The loss scale, where DeepSpeed divides by it only."
-    return loss_scaler(ds).cur_scale if ds.fp16_enabled() and ds.zero_optimization_stage() == 0 else 1.0
+def forgotten_scale(ds:nn.Module, # a DeepSpeed engine
+    )->float: # 1 except for fp16 at stage 0
+    "Return the loss scale, where DeepSpeed divides by it only."
+    forgotten = ds.fp16_enabled() and ds.zero_optimization_stage() == 0
+    return loss_scaler(ds).cur_scale if forgotten else 1.0
 
-def loss_scaler(ds): # with `cur_scale`, `cur_iter`, `last_overflow_iter`
-    "Where DeepSpeed keeps the loss scale of fp16."
-    return ds.optimizer.loss_scaler if ds.zero_optimization_stage() else ds.optimizer.loss_scale_config
+def loss_scaler(ds:nn.Module, # a DeepSpeed engine in fp16
+    )->object: # with `cur_scale`, `cur_iter`, `last_overflow_iter`
+    "Find where DeepSpeed keeps the loss scale of fp16."
+    if ds.zero_optimization_stage(): return ds.optimizer.loss_scaler
+    return ds.optimizer.loss_scale_config
 
 # %% ../../nbs/training/04_engine.ipynb #09engine061
-def sharded_step(self:DeepSpeedEngine, lr:float)->float: # gradient norm before clipping, the same on every rank
+def sharded_step(self:DeepSpeedEngine,
+    lr:float, # learning rate of this step
+    )->float: # gradient norm before clipping, the same on every rank
     "Clip, update this rank's share, forget the gradients."
     set_lr(self.ds.optimizer, lr)
     if self.ds.optimizer is not self.optimizer:
@@ -345,8 +368,10 @@ def sharded_step(self:DeepSpeedEngine, lr:float)->float: # gradient norm before 
     else: self.ds.zero_grad()
     return float(norm)
 
-def sharded_total(self:DeepSpeedEngine, x:float)->float: # the same on every rank
-    "The sum of every rank's `x`."
+def sharded_total(self:DeepSpeedEngine,
+    x:float, # of this rank
+    )->float: # the same on every rank
+    "Add up every rank's `x`."
     t = torch.tensor(float(x), dtype=torch.float64, device=self.device)
     torch.distributed.all_reduce(t)
     return float(t)
@@ -354,13 +379,16 @@ def sharded_total(self:DeepSpeedEngine, x:float)->float: # the same on every ran
 DeepSpeedEngine.step, DeepSpeedEngine.total = sharded_step, sharded_total
 
 # %% ../../nbs/training/04_engine.ipynb #09engine063
-def sharded_scale(self:DeepSpeedEngine)->dict|None: # as `local_scale`
-    "The loss scale, and the steps since it last changed."
+def sharded_scale(self:DeepSpeedEngine,
+    )->dict|None: # JSON, the same as from `local_scale`; None unless fp16
+    "Return the loss scale, and the steps since it last changed."
     if not self.ds.fp16_enabled(): return None
     s = loss_scaler(self.ds)
     return {"scale": float(s.cur_scale), "since": s.cur_iter-s.last_overflow_iter-1}
 
-def set_sharded_scale(self:DeepSpeedEngine, scale:dict|None)->None: # from either engine
+def set_sharded_scale(self:DeepSpeedEngine,
+    scale:dict|None, # from either engine
+    )->None:
     "Go on with a loss scale."
     if not (self.ds.fp16_enabled() and scale): return
     s = loss_scaler(self.ds)
@@ -369,19 +397,22 @@ def set_sharded_scale(self:DeepSpeedEngine, scale:dict|None)->None: # from eithe
 DeepSpeedEngine.scale = property(sharded_scale, set_sharded_scale)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine065
-def masters(ds, # a DeepSpeed engine
+def masters(ds:nn.Module, # a DeepSpeed engine
     )->list: # fp32 tensors
-    "What AdamW updates on this rank."
+    "List what AdamW updates on this rank."
     if ds.zero_optimization_stage() == 3: return ds.optimizer.fp32_partitioned_groups_flat
     return [p for group in base_optimizer(ds).param_groups for p in group["params"]]
 
-def base_optimizer(ds)->torch.optim.Optimizer:
-    "The kit's optimizer inside DeepSpeed's wrapper, if there is one."
+def base_optimizer(ds:nn.Module, # a DeepSpeed engine
+    )->torch.optim.Optimizer: # from `make_optimizer`
+    "Return the kit's optimizer from inside DeepSpeed's wrapper, if there is one."
     return getattr(ds.optimizer, "optimizer", ds.optimizer)
 
 @contextmanager
-def at_hand(ds, i:int): # i: number of the master
-    "A master that waits on an NVMe disk is in memory inside `with`."
+def at_hand(ds:nn.Module, # a DeepSpeed engine
+    i:int, # number of the master
+    ):
+    "Bring a master that is on an NVMe disk into memory inside `with`."
     z = ds.optimizer
     away = ds.zero_optimization_stage() == 3 and z._swappable_optimizer_subgroup(i)
     if away: z._optimizer_states_and_gradient_swap_in(i)
@@ -389,7 +420,7 @@ def at_hand(ds, i:int): # i: number of the master
     if away: z._optimizer_states_and_gradient_swap_out(i)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine066
-def empty_moments(ds, # a DeepSpeed engine
+def empty_moments(ds:nn.Module, # a DeepSpeed engine
     step:int=0, # optimizer steps taken so far
     )->None:
     "Give every master its moments, zero where there are none, and a step count."
@@ -400,45 +431,51 @@ def empty_moments(ds, # a DeepSpeed engine
             state["step"] = torch.tensor(float(step), device=master.device)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine068
-def held(ds, # a DeepSpeed engine at stage 0, 1 or 2
+def held(ds:nn.Module, # a DeepSpeed engine at stage 0, 1 or 2
     p:nn.Parameter, # a trained parameter
     kind:str, # param or one of MOMENTS
     )->tuple[torch.Tensor, int]: # a view, flat, and the place in the whole where it begins
-    "What this rank holds of a master or moment."
+    "Find what this rank holds of a master or moment."
     state, at = base_optimizer(ds).state, getattr(p, "_hp_mapping", None)
     if ds.zero_optimization_stage() == 0:
         master, first, length, place = fp32_copies(ds).get(id(p), p), 0, p.numel(), 0
     elif at is None: return torch.empty(0), 0
     else:
         master = base_optimizer(ds).param_groups[at.param_group_index]["params"][0]
-        first, length, place = at.hp_fragment_address.start, at.hp_fragment_address.numel, at.lp_fragment_address.start
+        first, length = at.hp_fragment_address.start, at.hp_fragment_address.numel
+        place = at.lp_fragment_address.start
     tensor = master.data if kind == "param" else state[master][kind]
     return tensor.view(-1).narrow(0, first, length), place
 
-def fp32_copies(ds)->dict: # id of a parameter → its fp32 copy; empty for fp32
-    "The masters of stage 0."
+def fp32_copies(ds:nn.Module, # a DeepSpeed engine at stage 0
+    )->dict: # id of a parameter → its fp32 copy; empty for fp32
+    "Find the masters of stage 0."
     pairs = zip(getattr(ds.optimizer, "fp16_groups", []), getattr(ds.optimizer, "fp32_groups", []))
     return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs)}
 
 # %% ../../nbs/training/04_engine.ipynb #09engine070
-def whole_tensor(self:DeepSpeedEngine, p:nn.Parameter, kind:str="param" # or one of MOMENTS
+def whole_tensor(self:DeepSpeedEngine,
+    p:nn.Parameter, # a trained parameter
+    kind:str="param", # or one of MOMENTS
     )->torch.Tensor: # fp32, on the CPU
     "Assemble a master or moment; all ranks together."
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-    if self.stage == 3:
-        out = safe_get_full_fp32_param(p) if kind == "param" else safe_get_full_optimizer_state(p, kind)
+    if self.stage == 3 and kind == "param": out = safe_get_full_fp32_param(p)
+    elif self.stage == 3: out = safe_get_full_optimizer_state(p, kind)
     else:
         (part, start), out = held(self.ds, p, kind), torch.zeros(p.numel(), device=self.device)
         out[start:start+part.numel()] = part
         if self.stage > 0: torch.distributed.all_reduce(out)
     return out.detach().view(getattr(p, "ds_shape", p.shape)).float().cpu().clone()
 
-def gather_sharded(self:DeepSpeedEngine)->dict: # name → whole tensor, fp32, on the CPU
+def gather_sharded(self:DeepSpeedEngine,
+    )->dict: # name → whole tensor, fp32, on the CPU
     "Assemble the trained tensors from all ranks."
     return {n: whole_tensor(self, p) for n, p in self.params.items()}
 
-def sharded_state(self:DeepSpeedEngine)->dict: # "kind/name" → fp32 tensor on the CPU
-    "Masters and moments, assembled from all ranks."
+def sharded_state(self:DeepSpeedEngine,
+    )->dict: # "kind/name" → fp32 tensor on the CPU
+    "Assemble masters and moments from all ranks."
     return {f"{kind}/{n}": whole_tensor(self, p, kind) for kind in ("param", *MOMENTS)
             for n, p in self.params.items()}
 
@@ -454,7 +491,9 @@ def shard(whole:torch.Tensor, # any shape, N numbers
     return nn.functional.pad(whole.flatten(), (0, run*ranks-whole.numel())).narrow(0, rank*run, run)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine077
-def put(self:DeepSpeedEngine, p:nn.Parameter, kind:str, # param or one of MOMENTS
+def put(self:DeepSpeedEngine,
+    p:nn.Parameter, # a trained parameter
+    kind:str, # param or one of MOMENTS
     value:torch.Tensor, # whole, the same on every rank
     )->None:
     "Keep this rank's part of a master or moment."
@@ -469,7 +508,10 @@ def put(self:DeepSpeedEngine, p:nn.Parameter, kind:str, # param or one of MOMENT
 
 # %% ../../nbs/training/04_engine.ipynb #09engine079
 @torch.no_grad()
-def load_sharded_state(self:DeepSpeedEngine, tensors:dict, step:int)->None: # step: optimizer steps taken so far
+def load_sharded_state(self:DeepSpeedEngine,
+    tensors:dict, # from `sharded_state`, or from the local engine
+    step:int, # optimizer steps taken so far
+    )->None:
     "Hand every rank its share of masters, moments, and of the copy that the forward pass reads."
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
     empty_moments(self.ds, step)
@@ -483,7 +525,7 @@ DeepSpeedEngine.load = load_sharded_state
 # %% ../../nbs/training/04_engine.ipynb #09engine085d
 def reads_of(module:nn.Module, # perhaps a LoRA module
     )->list: # weights of other modules; empty for most
-    "A and B, which a LoRA module's one function reads."
+    "List A and B, which a LoRA module's one function reads."
     return [part.weight for side in ("lora_A", "lora_B")
             for part in getattr(module, side, {}).values()]
 
@@ -500,42 +542,45 @@ def register_reads(module:nn.Module, # under stage 3; with all that it contains
 # %% ../../nbs/training/04_engine.ipynb #09engine085h
 def layers_of(module:nn.Module, # the module that computes the loss
     )->list: # its decoder layers; empty where none are found
-    "The layers that one gathers whole."
+    "List the layers that stage 3 can gather whole."
     try: return list(decoder_layers(module.model))
     except (AttributeError, StopIteration, UserError): return []
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085j
-def why_no_leaves(module:nn.Module, # as for `layers_of`
+def why_no_leaves(module:nn.Module, # the module that computes the loss
     zero:dict, # section `zero_optimization` of stage 3
     )->str|None: # None: its layers can be gathered whole
-    "What speaks against hooks on decoder layers alone."
+    "Say what speaks against hooks on decoder layers alone."
     if zero.get("offload_param", {}).get("device") == "nvme":
         return "from nvme DeepSpeed reads into a few buffers, fewer than a layer has matrices"
     if any(getattr(m, "gradient_checkpointing", False) for m in module.modules()):
-        return "transformers' gradient checkpointing calls a layer again with its hooks; leave it off, training.recompute does the same within"
+        return ("transformers' gradient checkpointing calls a layer again with its hooks; "
+                "leave it off, training.recompute does the same within")
     if not layers_of(module): return "the model has no list of decoder layers"
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085l
 def with_gradient(seed:torch.Tensor, # any that requires a gradient
-    layer:nn.Module, inputs:tuple, # hidden states [B,T,D], and the rest
+    layer:nn.Module, # a decoder layer, as its hook gets it
+    inputs:tuple, # hidden states [B,T,D], and the rest
     )->tuple: # the same numbers
-    "Hidden states with a graph."
+    "Give hidden states a graph."
     x, *rest = inputs
     if torch.is_grad_enabled() and not x.requires_grad: x = Keep.apply(x, seed)
     return x, *rest
 
-def make_leaves(module:nn.Module, zero:dict, # as for `why_no_leaves`; any stage
+def make_leaves(module:nn.Module, # the module that computes the loss
+    zero:dict, # section `zero_optimization`, any stage
     say:bool=True, # tell a person why there are none
     )->list: # the layers; empty below stage 3
-    "Ask stage 3 to hang its hooks on decoder layers, and on nothing inside; before `deepspeed.initialize`."
+    "Ask stage 3 to hang its hooks on decoder layers alone; before `deepspeed.initialize`."
     from deepspeed.utils import set_z3_leaf_module
     if zero["stage"] < 3: return []
     reason, layers = why_no_leaves(module, zero), layers_of(module)
     for layer in layers: set_z3_leaf_module(layer, not reason)
     if not reason:
         for layer in layers:
-            layer.register_forward_pre_hook(partial(with_gradient,
-                                                    torch.zeros(1, requires_grad=True)))
+            seed = torch.zeros(1, requires_grad=True)
+            layer.register_forward_pre_hook(partial(with_gradient, seed))
         return layers
     if say: print(f"stage 3 gathers matrix by matrix: {reason}", file=sys.stderr)
     return []
@@ -543,30 +588,34 @@ def make_leaves(module:nn.Module, zero:dict, # as for `why_no_leaves`; any stage
 # %% ../../nbs/training/04_engine.ipynb #09engine085n
 def keep_trained(engine:DeepSpeedEngine, # at stage 3, with leaves
     )->None:
-    "What is trained stays whole from its first use in a step to the update, and comes with its layer."
-    at_home = engine.config["zero_optimization"].get("offload_param", {}).get("device", "none") == "none"
+    "Keep what is trained whole from its first use in a step to the update."
+    offload = engine.config["zero_optimization"].get("offload_param", {})
+    at_home = offload.get("device", "none") == "none"
     for p in engine.params.values(): p.ds_persist = p.ds_persist or at_home
     engine.ds.optimizer.persistent_parameters.clear()
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085p
 def layer_elements(module:nn.Module, # the module that computes the loss
-    )->tuple[int|None,int]: # elements of a decoder layer's frozen matrices, None where no layers are found; and of all that is trained
-    "What page 08 asks for."
-    size, matrix = lambda p: getattr(p, "ds_numel", p.numel()), lambda p: len(getattr(p, "ds_shape", p.shape)) > 1
-    layers = [sum(size(p) for p in layer.parameters() if matrix(p) and not p.requires_grad)
+    )->tuple[int|None,int]: # of a layer's frozen matrices, None without layers; of all that is trained
+    "Count the elements that `zero_config` asks for."
+    size = lambda p: getattr(p, "ds_numel", p.numel())
+    layers = [sum(size(p) for p in layer.parameters() if dims(p) > 1 and not p.requires_grad)
               for layer in layers_of(module)]
     return max(layers, default=None), sum(map(size, trainable(module).values()))
 
-def overlaps(stage:int)->bool: # 0 to 3
-    "Whether gathers can run beside the computation, on a stream of their own: under NCCL, which asks for a card for each rank."
-    return stage == 3 and torch.distributed.is_initialized() and torch.distributed.get_backend() == "nccl"
+def overlaps(stage:int, # 0 to 3
+    )->bool: # under NCCL, which asks for a card for each rank
+    "Say whether gathers can run beside the computation."
+    distributed = torch.distributed
+    return stage == 3 and distributed.is_initialized() and distributed.get_backend() == "nccl"
 
 # %% ../../nbs/training/04_engine.ipynb #09engine086
 class Gathered:
-    "Within `with`, `samples` collects {name: bytes} of the gathered weights alive, at every moment when stage 3 has gathered one."
-    def __init__(self, engine:DeepSpeedEngine):
+    "Collect in `samples` {name: bytes} of the gathered weights alive, whenever stage 3 gathers one."
+    def __init__(self, engine:DeepSpeedEngine): # at stage 3
         self.watched = {n: p for n, p in engine.module.named_parameters() if not p.ds_persist}
-        self.coordinator, self.alive, self.samples = engine.ds.optimizer.parameter_offload.get_param_coordinator(), {}, []
+        self.coordinator = engine.ds.optimizer.parameter_offload.get_param_coordinator()
+        self.alive, self.samples = {}, []
 
     def look(self):
         for name, p in self.watched.items():
