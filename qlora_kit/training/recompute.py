@@ -24,33 +24,33 @@ from ..model.linear import Keep
 from .loss import split_model
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder009
-def recomputed(
-    forward, # of a module
-    x:Tensor, *args, **kwargs, # its inputs
-): # its output
+def recomputed(forward, # of a module
+    x:Tensor, # its first input, [B,T,D]
+    *args, # the others
+    **kwargs, # the others by name
+    ): # its output
     "Keep the inputs alone, or what the first is made of; run `forward` again in the backward pass."
     if not torch.is_grad_enabled(): return forward(x, *args, **kwargs)
     recipe = getattr(x, "recipe", None)
     if recipe is None or not x.requires_grad:
         return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
     make, x = recipe.function, Keep.apply(x, None, *recipe.inputs)
-    node, where, shape = x.grad_fn, x.data_ptr(), x.shape # checkpointing saves x; the node stands for it, by address, since a hook that knew x would keep it
+    # checkpointing saves x; the node replaces it by address: a hook that knew x would keep it
+    node, where, shape = x.grad_fn, x.data_ptr(), x.shape
     def pack(t): return node if (t.data_ptr(), t.shape) == (where, shape) else t
     def unpack(kept): return make(*node.saved_tensors) if kept is node else kept
     with saved_tensors_hooks(pack, unpack):
         return checkpoint(forward, x, *args, use_reentrant=False, **kwargs)
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder010
-def wrap(
-    module:nn.Module, # its forward is replaced
+def wrap(module:nn.Module, # its forward is replaced
     around, # gets the module's own forward, then its inputs
-):
+    ):
     "Put a function around a module's forward."
     module.forward = partial(around, module.forward)
 
-def unwrap(
-    layer:nn.Module, # with everything in it
-):
+def unwrap(layer:nn.Module, # with everything in it
+    ):
     "Take away what `wrap` has put there."
     for module in layer.modules():
         inner = vars(module).get("forward")
@@ -59,28 +59,29 @@ def unwrap(
         if isinstance(inner, partial): module.forward = inner # of another page
         else: del module.forward
 
-def wrapped(forward)->bool: return getattr(forward, "func", None) in (recomputed, kept_away)
+def wrapped(forward, # of a module, or None
+    )->bool: # by this page
+    "Say whether a forward is one of this page's wrappers."
+    return getattr(forward, "func", None) in (recomputed, kept_away)
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder012
-def mlp_of(
-    layer:nn.Module, # a decoder layer
-)->nn.Module|None: # None: nothing looks like it
-    "The MLP of a decoder layer."
+def mlp_of(layer:nn.Module, # a decoder layer
+    )->nn.Module|None: # None: nothing looks like it
+    "Find the MLP of a decoder layer."
     for part in layer.children():
-        if "attention" not in type(part).__name__.lower() and any(p.dim() > 1 for p in part.parameters()):
-            return part
+        attention = "attention" in type(part).__name__.lower()
+        if not attention and any(p.dim() > 1 for p in part.parameters()): return part
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder013
-def decoder_layers(
-    model:nn.Module, # a causal LM
-)->nn.ModuleList: # L layers
-    "The list of a decoder's layers: the outermost list there is."
+def decoder_layers(model:nn.Module, # a causal LM
+    )->nn.ModuleList: # L layers
+    "Find the decoder's layers: the outermost list there is."
     return next(m for m in split_model(model)[0].modules() if isinstance(m, nn.ModuleList))
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder016
 @dataclass(eq=False)
 class Away:
-    "A tensor that waits in host memory."
+    "A tensor in host memory, until it is needed again."
     host:Tensor         # pinned
     device:torch.device # where it is needed
     here:Tensor|None    # on the card: before it left, or after it came back
@@ -88,7 +89,7 @@ class Away:
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder018
 class HostMemory:
-    "Sends tensors to the host and has them back in time; the last one sent is the first one wanted."
+    "Send tensors to the host and have them back in time; the last one sent is the first one wanted."
     def __init__(self):
         self.stream, self.leaving, self.waiting = None, [], []
         self.room = 0 # bytes on the card for tensors that leave or come back
@@ -97,7 +98,8 @@ class HostMemory:
 
     def send(self, x:Tensor)->Away: # x on a card
         "Begin to copy; x may be forgotten at once."
-        self.stream, current = self.stream or torch.cuda.Stream(x.device), torch.cuda.current_stream(x.device)
+        current = torch.cuda.current_stream(x.device)
+        self.stream = self.stream or torch.cuda.Stream(x.device)
         away = Away(torch.empty(x.shape, dtype=x.dtype, pin_memory=True), x.device, x.detach())
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
@@ -105,8 +107,8 @@ class HostMemory:
             away.done = self.stream.record_event()
         self.leaving.append(away)
         self.waiting.append(weakref.ref(away))
-        while len(self.leaving) > 1 and sum(other.host.nbytes
-                                            for other in self.leaving) > self.room:
+        def held(): return sum(other.host.nbytes for other in self.leaving)
+        while len(self.leaving) > 1 and held() > self.room:
             self.let_go(self.leaving.pop(0), current)
         return away
 
@@ -142,23 +144,26 @@ def _fetch(self, away:Away)->Tensor: # on the card, until nobody has `away` any 
 HostMemory.call, HostMemory.fetch = _call, _fetch
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder020ab
-def address(t:Tensor)->int: return t.untyped_storage().data_ptr()
+def address(t:Tensor, # any
+    )->int: # bytes
+    "Return where a tensor's storage begins."
+    return t.untyped_storage().data_ptr()
 
-def flat(
-    t:Tensor,
-)->Tensor: # [n]
-    "All of the memory that a tensor is a view of."
+def flat(t:Tensor, # any view
+    )->Tensor: # [n]
+    "Return all of the memory that a tensor is a view of."
     return t.detach().as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0)
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder020b
-def kept_away(
-    memory:HostMemory, # shared by all layers
+def kept_away(memory:HostMemory, # shared by all layers
     room:int, # on the card, as a multiple of x
     weights:list[nn.Parameter], # of the layer
     forward, # of a decoder layer
-    x:Tensor, *args, **kwargs, # hidden states [B,T,D], and the rest
-): # its output
-    "What `forward` keeps waits in host memory."
+    x:Tensor, # hidden states [B,T,D]
+    *args, # the rest
+    **kwargs, # the rest by name
+    ): # its output
+    "Let host memory hold what `forward` keeps."
     if not memory.takes(x) or not torch.is_grad_enabled(): return forward(x, *args, **kwargs)
     memory.room, least, sent = room*x.nbytes, x.nbytes//8, {}
     shared = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -167,8 +172,8 @@ def kept_away(
             return t
         if t.data_ptr() in {w.data_ptr() for w in weights}:
             return t # read anew, since ZeRO-3 moves them
-        if address(t) not in sent:
-            sent[address(t)] = memory.send(flat(t)), t # held, that its place be nobody else's
+        if address(t) not in sent: # t is held, so that its place stays its own
+            sent[address(t)] = memory.send(flat(t)), t
         return sent[address(t)][0], t.shape, t.stride(), t.storage_offset()
     def unpack(kept):
         return memory.fetch(kept[0]).as_strided(*kept[1:]) if isinstance(kept, tuple) else kept
@@ -180,50 +185,46 @@ def kept_away(
 LEVELS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 # what such a layer would be if nothing were sent away
 ON_CARD = {"mlp_host": "mlp", "host": "layer"}
-ROOM = {"mlp_host": 6, "host": 2}              # for what comes and goes, in hidden states
+# hidden states that fit on the card, for what comes and goes
+ROOM = {"mlp_host": 6, "host": 2}
 
-def set_level(
-    layer:nn.Module, # a decoder layer
-    rung:str, # one of RUNGS
+def set_level(layer:nn.Module, # a decoder layer
+    level:str, # one of LEVELS
     memory:HostMemory, # for those of ROOM
-):
-    "Put a layer on a rung, whatever it was on."
+    ):
+    "Put a layer at a level, whatever it was at."
     unwrap(layer)
-    base = ON_CARD.get(rung, rung)
+    base = ON_CARD.get(level, level)
     for linear in layer.modules():
         if isinstance(linear, Linear4bit):
             linear.remake, linear.dense = base in ("pointwise", "mlp"), base == "dense"
     part = {"mlp": mlp_of(layer), "layer": layer}.get(base)
     if part is not None: wrap(part, recomputed)
-    if rung in ROOM: wrap(layer, partial(kept_away, memory, ROOM[rung], list(layer.parameters())))
+    if level in ROOM: wrap(layer, partial(kept_away, memory, ROOM[level], list(layer.parameters())))
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder023
-def set_levels(
-    model:nn.Module, # a causal LM, after `fast_linears` and `fast_pointwise`
-    rungs:str|Sequence[str], # for each layer from the first to the last, or for all
-):
-    "Put the layers of a model on their rungs."
+def set_levels(model:nn.Module, # a causal LM, after `fast_linears` and `fast_pointwise`
+    levels:str|Sequence[str], # for each layer from the first to the last, or for all
+    ):
+    "Put the layers of a model at their levels."
     layers, memory = decoder_layers(model), HostMemory()
-    for layer, rung in zip(layers, [rungs]*len(layers) if isinstance(rungs, str) else rungs,
-                           strict=True):
-        set_level(layer, rung, memory)
+    each = [levels]*len(layers) if isinstance(levels, str) else levels
+    for layer, level in zip(layers, each, strict=True): set_level(layer, level, memory)
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder028
-DESCENT, HOST_DESCENT = ("dense", "none", "pointwise", "mlp", "layer", "host"), ("dense", "none",
-    "pointwise", "mlp", "mlp_host")
+DESCENT = ("dense", "none", "pointwise", "mlp", "layer", "host")
+HOST_DESCENT = ("dense", "none", "pointwise", "mlp", "mlp_host")
 
-def mixed_levels(
-    layers:int, # L
-    steps:int, # from 0, all on the first rung, to ·L, all on the last of R
-    rungs:Sequence[str]=DESCENT, # from high to low
-)->tuple[str,...]: # the rung of each layer
-    "Where the layers are after a number of single steps down."
+def mixed_levels(layers:int, # L
+    steps:int, # from 0, all at the first level, to ·L, all at the last of R
+    levels:Sequence[str]=DESCENT, # from high to low
+    )->tuple[str,...]: # the level of each layer
+    "Say where the layers are after a number of single steps down."
     whole, rest = divmod(steps, layers)
-    return tuple(rungs[min(whole + (i < rest), len(rungs) - 1)] for i in range(layers))
+    return tuple(levels[min(whole + (i < rest), len(levels) - 1)] for i in range(layers))
 
 # %% ../../nbs/training/02_recompute.ipynb #06bladder031
-def levels_in_words(
-    rungs:Sequence[str], # of each layer
-)->str: # for a log
-    "Rungs as a person would say them."
-    return ", ".join(f"{rungs.count(rung)} {rung}" for rung in LEVELS if rung in rungs)
+def levels_in_words(levels:Sequence[str], # of each layer
+    )->str: # for a log
+    "Say levels as a person would."
+    return ", ".join(f"{levels.count(level)} {level}" for level in LEVELS if level in levels)
