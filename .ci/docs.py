@@ -32,6 +32,24 @@ VIEW, STATE = "application/vnd.jupyter.widget-view+json", "application/vnd.jupyt
 CONTROL = re.compile(r"Slider|Button|Dropdown|Select|Text|Checkbox|Play|Picker|Tags|Combobox|Toggle|Upload")
 MOVES = {"en": "A still: its controls work in JupyterLab, where a kernel computes.", "zh": "静态图片：其中的控件在 JupyterLab 里由内核计算后才会动。"}
 PREFIX = re.compile(r"^\d\d[a-z]?_")
+OLD_PAGES = {  # addresses from before there were chapters: where the page is now, then the pages that took a part of it along
+    "data": ["data/rows", "data/files"], "tokens": ["data/tokens"], "batches": ["data/batches"], "inspector": ["data/inspector"],
+    "nf4": ["model/nf4"], "explorer": ["model/explorer"], "loader": ["model/loader", "model/base"], "sharded": ["model/sharded"],
+    "lora": ["model/lora"], "linear": ["model/linear", "model/experts"], "pointwise": ["model/kernels"],
+    "loss": ["training/loss"], "ladder": ["training/recompute"], "zero": ["training/zero"], "engine": ["training/engine"],
+    "memory": ["memory/predict", "memory/budget"], "planner": ["memory/planner"],
+    "generate": ["use/generate", "use/trained"], "chat": ["use/chat"], "evaluate": ["use/evaluate"], "merge": ["use/merge", "use/export"],
+    "config": ["run/config"], "monitor": ["run/monitor"], "trackers": ["run/trackers"], "checkpoint": ["run/checkpoint"],
+    "interruptions": ["run/interruptions"], "train": ["run/train", "training/loop", "run/run_folder", "run/assemble", "run/interruptions"],
+    "dashboard": ["tools/dashboard"], "compare": ["tools/compare", "tools/sweep"], "bench": ["tools/bench", "tools/clock", "tools/contestants"],
+    "launch": ["tools/commands", "tools/processes"],
+}
+REDIRECT = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>This page has moved</title><link rel="canonical" href="{page}">
+<script>const anchors = {anchors}; location.replace((anchors[location.hash.toLowerCase()] || "{page}") + location.hash);</script>
+<noscript><meta http-equiv="refresh" content="0; url={page}"></noscript></head>
+<body><main><h1>This page has moved</h1><p>It is now <a href="{page}">{page}</a>.</p></main></body></html>
+"""
 
 
 # ---- before rendering: staged copies of the notebooks, and the pages that are generated
@@ -189,7 +207,7 @@ def config_page():
 
 def type_text(info):
     """A field's type and range in words."""
-    text = re.sub(r"typing\.|<class '|'>|qlora_kit\.config\.", "", str(info.annotation))
+    text = re.sub(r"typing\.|<class '|'>|qlora_kit\.run\.config\.", "", str(info.annotation))
     text = re.sub(r"Literal\[(.*?)\]", lambda m: m[1].replace("'", ""), text).replace("Optional", "")
     bounds = [f"{sign} {getattr(m, name)}" for m in info.metadata for name, sign in (("ge", "≥"), ("gt", ">"), ("le", "≤"), ("lt", "<")) if hasattr(m, name)]
     return ", ".join([text, *bounds])
@@ -496,6 +514,16 @@ def mend_libraries(moved):
     script.write_text(text.replace(fetched, loaded), encoding="utf-8")
 
 
+def redirect():
+    """The addresses that pages had before there were chapters lead to where their lessons are now, and their anchors with them."""
+    names = {module: [n.lower() for n, _ in found] for module, found in exported().items()}
+    module_of = {site_name(Path(page)).with_suffix("").as_posix(): module for module, page in pages_of_modules().items()}
+    for old, (first, *others) in OLD_PAGES.items():
+        others = [new for new in others if new in module_of]
+        anchors = {f"#{name}": f"{new}.html" for new in others for name in names[module_of[new]]}
+        (OUT / f"{old}.html").write_text(REDIRECT.format(page=f"{first}.html", anchors=json.dumps(anchors)), encoding="utf-8")
+
+
 def build():
     """Everything, in order."""
     stage()
@@ -509,9 +537,10 @@ def build():
     moved, modules = rename_pages(), pages_of_modules()
     add_sources()
     for file in sorted(OUT.rglob("*.html")):
-        if file.parent.name != "source":
+        if "source" not in file.relative_to(OUT).parts:
             mend(file, moved, modules)
     mend_libraries(moved)
+    redirect()
     print(f"{len(moved)} pages in {OUT.relative_to(ROOT)}; open {OUT.relative_to(ROOT)}/index.html")
 
 

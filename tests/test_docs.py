@@ -17,7 +17,7 @@ CHROMIUM = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", 
 
 
 def pages():
-    return sorted(p for p in SITE.rglob("*.html") if "site_libs" not in p.parts and p.parent.name != "source")
+    return sorted(p for p in SITE.rglob("*.html") if not {"site_libs", "source"} & {*p.relative_to(SITE).parts})
 
 
 def soup(page):
@@ -153,7 +153,7 @@ CONTRAST = """selector => [...document.querySelectorAll(selector)].filter(e => e
 def test_text_is_legible_in_both_themes(browser, scheme):
     """At least 4.5 : 1, what WCAG 2.1 asks of text of this size."""
     tab, weak = browser.new_page(color_scheme=scheme), []
-    for name in ("index", "nf4", "train", "reference/config", "studies/payments"):
+    for name in ("index", "model/nf4", "run/train", "reference/config", "studies/payments"):
         tab.goto((SITE / f"{name}.html").as_uri())
         tab.wait_for_timeout(200)
         for what, front, back in tab.evaluate(CONTRAST, "main p, main td, main th, pre code, pre code span, #quarto-sidebar a, main a, #quarto-margin-sidebar a"):
@@ -209,7 +209,7 @@ def test_widgets_move_without_a_kernel_or_say_that_they_are_stills(browser):
         assert box.get_by_role("button").count() == 0
         moved[name] = True
     tab.close()
-    assert set(moved) >= {"inspector.html", "explorer.html"}
+    assert set(moved) >= {"data/inspector.html", "model/explorer.html"}
 
 
 def test_the_diagram_leads_to_every_page():
