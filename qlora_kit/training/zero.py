@@ -17,24 +17,28 @@ from pydantic import ValidationError
 from ..data.files import UserError
 
 # %% ../../nbs/training/03_zero.ipynb #08zero018
+# 4-bit codes in one element
+CODES_PER_ELEMENT = {"uint8": 2, "float16": 4, "bfloat16": 4, "float32": 8}
+
 def bucket_sizes(hidden_size:int, # D
     quant_storage:str="uint8", # dtype that carries the packed codes
     layer:int|None=None, # elements of a decoder layer's matrices; None: as many as 12 D² weights are
     trained:int=0, # elements that stay whole while a step goes on
     )->dict: # by DeepSpeed's key, in elements
-    "Buffers about as large as one square weight; a layer in use and a layer on its way."
-    square, layer = hidden_size**2, layer or 12*hidden_size**2//CODES_PER_ELEMENT[quant_storage]
-    return {"reduce_bucket_size": square, "allgather_bucket_size": 2*square, # even, as DeepSpeed wants it
+    "Size buffers for one square weight, and for a layer in use and a layer on its way."
+    square = hidden_size**2
+    layer = layer or 12*square//CODES_PER_ELEMENT[quant_storage]
+    return {"reduce_bucket_size": square,
+            "allgather_bucket_size": 2*square, # even, as DeepSpeed wants it
             "stage3_prefetch_bucket_size": layer,
             "stage3_param_persistence_threshold": 10*hidden_size,
-            "stage3_max_live_parameters": 2*layer + trained, "stage3_max_reuse_distance": layer}
-
-# 4-bit codes in one element
-CODES_PER_ELEMENT = {"uint8": 2, "float16": 4, "bfloat16": 4, "float32": 8}
+            "stage3_max_live_parameters": 2*layer + trained,
+            "stage3_max_reuse_distance": layer}
 
 # %% ../../nbs/training/03_zero.ipynb #08zero021
 def zero_config(stage:int=3, # 0 to 3
     micro_batch:int=1, # sequences of one rank in one forward pass
+    *,
     accumulation:int=1, # micro-batches per optimizer step
     max_grad_norm:float=1.0, # gradients are scaled down to this norm
     dtype:str="float32", # engine dtype: float32, bfloat16 or float16
@@ -44,20 +48,21 @@ def zero_config(stage:int=3, # 0 to 3
     nvme_path:str|None=None, # folder on a fast disk
     quant_storage:str="uint8", # dtype that carries the packed codes
     overlap:bool=False, # gather beside the computation
-    layer:int|None=None, trained:int=0, # elements of a decoder layer and of what is trained, as for `bucket_sizes`
+    layer:int|None=None, # elements of a decoder layer's matrices; None: estimated from D
+    trained:int=0, # elements of all that is trained
     largest:int=10**8, # elements of the largest shard, for the buffers between disk and card
-    )->dict: # DeepSpeed config without "auto"
-    "A complete DeepSpeed config (ZeRO, arXiv 1910.02054) from a few choices; `UserError` for a choice out of range."
-    for name, value, allowed in (("stage", stage, (0, 1, 2, 3)), ("dtype", dtype, tuple(SHORT)), (
-        "quant_storage", quant_storage, tuple(CODES_PER_ELEMENT))):
-        _one_of(name, value, allowed)
+    )->dict: # DeepSpeed config without "auto"; `UserError` for a choice out of range
+    "Build a complete DeepSpeed config (ZeRO, arXiv 1910.02054) from a few choices."
+    _one_of("stage", stage, (0, 1, 2, 3))
+    _one_of("dtype", dtype, tuple(SHORT))
+    _one_of("quant_storage", quant_storage, tuple(CODES_PER_ELEMENT))
     zero = {"stage": stage, "overlap_comm": overlap, "contiguous_gradients": True,
             **bucket_sizes(hidden_size, quant_storage, layer=layer, trained=trained),
             **offload_sections(offload_param, offload_optimizer, nvme_path=nvme_path,
                                largest=largest)}
     config = {"train_micro_batch_size_per_gpu": micro_batch,
               "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": max_grad_norm,
+              "gradient_clipping": max_grad_norm,
               **precision(dtype, stage), "zero_optimization": zero,
               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
               "steps_per_print": 10**9, "wall_clock_breakdown": False}
@@ -75,13 +80,14 @@ def _one_of(name, value, allowed):
 def precision(dtype:str, # engine dtype
     stage:int, # 0 to 3
     )->dict: # DeepSpeed's sections bf16, fp16 and data_types
-    "The engine's dtype, fp32 sums of gradients, and a dynamic loss scale for fp16."
+    "Set the engine's dtype, fp32 sums of gradients, and a dynamic loss scale for fp16."
     fp16 = {"enabled": dtype == "float16"}
     if fp16["enabled"]:
         fp16 |= {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000,
-            "hysteresis": 1, "min_loss_scale": 1}
-    return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": fp16, "data_types": {
-        "grad_accum_dtype": SHORT[dtype] if stage == 0 else "fp32"}}
+                 "hysteresis": 1, "min_loss_scale": 1}
+    sums = SHORT[dtype] if stage == 0 else "fp32"
+    return {"bf16": {"enabled": dtype == "bfloat16"}, "fp16": fp16,
+            "data_types": {"grad_accum_dtype": sums}}
 
 # %% ../../nbs/training/03_zero.ipynb #08zero028
 def offload_sections(param:str, # none, cpu or nvme
@@ -89,7 +95,7 @@ def offload_sections(param:str, # none, cpu or nvme
     nvme_path:str|None, # folder on a fast disk
     largest:int, # elements of the largest shard
     )->dict: # sections of zero_optimization
-    "Where shards wait while they are not used."
+    "Say where shards are while they are not used."
     out = {}
     for name, device in (("offload_param", param), ("offload_optimizer", optimizer)):
         _one_of(name, device, ("none", "cpu", "nvme"))
@@ -101,10 +107,10 @@ def offload_sections(param:str, # none, cpu or nvme
 # %% ../../nbs/training/03_zero.ipynb #08zero029
 def check_offload(config:dict, # complete DeepSpeed config
     )->None: # `UserError` for what cannot work
-    "Offload against stage, dtype and machine."
+    "Check offload against stage, dtype and machine."
     zero = config["zero_optimization"]
-    where = {key: zero.get(f"offload_{key}", {}).get("device", "none") for key in ("param",
-        "optimizer")}
+    where = {key: zero.get(f"offload_{key}", {}).get("device", "none")
+             for key in ("param", "optimizer")}
     for key, least in (("param", 3), ("optimizer", 1)):
         if where[key] != "none" and zero["stage"] < least:
             raise UserError(f"deepspeed.offload_{key} is {where[key]} at stage {zero['stage']}, "
@@ -125,8 +131,8 @@ def check_offload(config:dict, # complete DeepSpeed config
                         "libaio is missing; install libaio-dev (Debian, Ubuntu) or libaio-devel, "
                         "or offload to cpu")
 
-def has_async_io()->bool:
-    "Can DeepSpeed read and write asynchronously here?"
+def has_async_io()->bool: # with libaio, and a compiler
+    "Say whether DeepSpeed can read and write asynchronously here."
     from deepspeed.ops.op_builder import AsyncIOBuilder
     return AsyncIOBuilder().is_compatible(verbose=False)
 
@@ -175,7 +181,7 @@ def _all_auto(value):
 
 # %% ../../nbs/training/03_zero.ipynb #08zero039
 def _check_zero(zero, name):
-    "What cannot work in the section `zero_optimization`: ZeRO++ on packed codes, keys that DeepSpeed does not know."
+    "Refuse what cannot work: ZeRO++ on packed codes, keys that DeepSpeed does not know."
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     _one_of("stage", zero["stage"], (0, 1, 2, 3))
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights"):
@@ -188,11 +194,14 @@ def _check_zero(zero, name):
                         "the loader does not make; allowed: 1")
     try: DeepSpeedZeroConfig(**zero)
     except ValidationError as e:
-        wrong, field = e.errors()[0], ".".join(map(str, e.errors()[0]["loc"]))
-        near = difflib.get_close_matches(field,
-                                         [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()], n=1)
-        advice = f"did you mean {near[0]}?" if near and wrong["type"] == "extra_forbidden" else f"DeepSpeed says: {wrong['msg']}"
-        raise UserError(f"{name}: zero_optimization.{field} is {wrong['input']!r}; {advice}") from None
+        wrong = e.errors()[0]
+        field = ".".join(map(str, wrong["loc"]))
+        known = [f.alias or n for n, f in DeepSpeedZeroConfig.model_fields.items()]
+        near = difflib.get_close_matches(field, known, n=1)
+        advice = f"DeepSpeed says: {wrong['msg']}"
+        if near and wrong["type"] == "extra_forbidden": advice = f"did you mean {near[0]}?"
+        raise UserError(f"{name}: zero_optimization.{field} is {wrong['input']!r}; "
+                        f"{advice}") from None
 
 # %% ../../nbs/training/03_zero.ipynb #08zero040
 def resolve(file:dict, # a DeepSpeed config that may say "auto"
@@ -212,7 +221,7 @@ def resolve(file:dict, # a DeepSpeed config that may say "auto"
     return out
 
 # %% ../../nbs/training/03_zero.ipynb #08zero046
-def read_deepspeed(path, # a JSON file
+def read_deepspeed(path:str|Path, # a JSON file
     )->dict: # its content
     "Read a DeepSpeed JSON file; `UserError` with the position of a syntax error."
     try: file = json.loads(Path(path).read_text(encoding="utf-8"))
