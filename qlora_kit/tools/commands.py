@@ -466,7 +466,7 @@ def attend(config, ranks:int, words:list, timeout, where:dict)->int: # exit code
     code = run.wait(signals)
     if code == 1 and run.run:
         print(f"{run.state()['error']} (logs: {_short(run.run/'logs')})", file=sys.stderr)
-    shutil.rmtree(run.told, ignore_errors=True)
+    shutil.rmtree(run.mailbox, ignore_errors=True)
     return code
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch063

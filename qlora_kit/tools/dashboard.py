@@ -301,8 +301,8 @@ def before_folder(
     launched:Launched, # has not chosen its folder yet, or has taken it away again
 ) -> tuple[str, str]: # state, and what there is to say about it
     "A launch that is still loading, or has ended with nothing but a line."
-    if not launched.word("exit") and launched.process.poll() is None: return "starting", ""
-    return "failed", tail(launched.told/"output", 1) or f"exit code {launched.exit_code()}"
+    if not launched.message("exit") and launched.process.poll() is None: return "starting", ""
+    return "failed", tail(launched.mailbox/"output", 1) or f"exit code {launched.exit_code()}"
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard055
 class Overview:
@@ -333,7 +333,7 @@ def look_before(self:Overview)->bool:
     "There is no folder, not yet or not any more."
     self.figures, self.log = {}, ""
     if isinstance(self.target, Launched):
-        (self.state, self.text), self.log = before_folder(self.target), tail(self.target.told/"output")
+        (self.state, self.text), self.log = before_folder(self.target), tail(self.target.mailbox/"output")
     else: self.state, self.text = "lost", "its folder is gone"
     return self.state == "starting"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from qlora_kit.tools import bench
+from qlora_kit.tools import bench, clock, contestants
 from qlora_kit.data.files import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -140,8 +140,8 @@ sys.exit(0)"""], stdin=subprocess.PIPE, start_new_session=True)
 def test_flops_and_mfu_by_hand():
     shape = bench.shape_of("llama-3.2-1b")  # 16 layers of 2048, MLP 8192, 32 heads of 64, 8 of them for keys, a tied head of 128256
     N = 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192) + 128256 * 2048
-    assert bench.product_weights(shape) == N
-    assert bench.flops_per_token(shape, 1024) == 4 * N + 6 * 1024 * 2048 * 16
+    assert clock.product_weights(shape) == N
+    assert clock.flops_per_token(shape, 1024) == 4 * N + 6 * 1024 * 2048 * 16
     assert bench.mfu(shape, 1024, 50_000, "NVIDIA H100 80GB HBM3") == pytest.approx(50_000 * (4 * N + 6 * 1024 * 2048 * 16) / 989e12)
     assert bench.mfu(shape, 1024, 50_000, "NVIDIA H100 PCIe") == pytest.approx(50_000 * (4 * N + 6 * 1024 * 2048 * 16) / 756e12)
 
@@ -149,17 +149,17 @@ def test_flops_and_mfu_by_hand():
 def test_loading_is_timed_for_both(ran):
     told = {}
     for who in ("kit", "plain"):
-        bench.loading(dict(who=who, folder=str(bench.weights_folder(ran[0] / "work", "tiny"))), lambda **found: told.update({who: found}))
+        contestants.time_loading(dict(who=who, folder=str(bench.weights_folder(ran[0] / "work", "tiny"))), lambda **found: told.update({who: found}))
     assert told["kit"]["load_s"] > 0 and told["plain"]["load_s"] > 0 and told["kit"]["model_gb"] is None
 
 
 def test_trainer_settings_say_what_a_step_is():
     job = dict(task="rows", who="trl", B=4, T=2048, warm=3, steps=8)
-    packed, tokens = bench.sft_settings(job, "out"), bench.sft_settings(job | dict(task="tokens"), "out")
+    packed, tokens = contestants.sft_settings(job, "out"), contestants.sft_settings(job | dict(task="tokens"), "out")
     assert packed["packing"] and (packed["per_device_train_batch_size"], packed["gradient_accumulation_steps"]) == (1, 4)
     assert not tokens["packing"] and tokens["per_device_train_batch_size"] == 4 and "gradient_accumulation_steps" not in tokens
     assert packed["max_steps"] == 11 and packed["max_length"] == 2048 and packed["gradient_checkpointing"]
-    assert not bench.sft_settings(job | dict(who="unsloth"), "out")["gradient_checkpointing"]
+    assert not contestants.sft_settings(job | dict(who="unsloth"), "out")["gradient_checkpointing"]
 
 
 def test_a_loss_that_differs_is_pointed_out():
@@ -169,7 +169,7 @@ def test_a_loss_that_differs_is_pointed_out():
 
 
 def test_mistakes_are_found_before_anything_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "start", None)
+    monkeypatch.setattr(bench, "start_child", None)
     (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
     for wrong, said in ((dict(batch="4,2048"), "4x2048"), (dict(against="ours"), "plain, unsloth, liger, trl"), (dict(fields="question"), "prompt=question"),
                         (dict(shape="llama-3.1-70b", rows=str(tmp_path / "rows.json")), "too large"), (dict(shape="gpt-9"), "llama-3.1-8b")):

@@ -197,8 +197,8 @@ def test_ranks_import_nothing_of_the_folder_where_one_works(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CANARY", str(tmp_path / "CANARY"))
     run = launch("no_such.yaml", 2, output=True, torchrun=torchrun)
-    assert run.wait() == 2, run.word("output")
-    assert "no_such.yaml" in run.word("output") and not (tmp_path / "CANARY").exists(), run.word("output")
+    assert run.wait() == 2, run.message("output")
+    assert "no_such.yaml" in run.message("output") and not (tmp_path / "CANARY").exists(), run.message("output")
 
 
 @pytest.mark.parametrize("words, expected", [
@@ -321,7 +321,7 @@ def test_ranks_that_come_after_their_launcher_died_are_ended_too(tmp_path, how, 
 
 def test_one_look_without_a_process_is_not_the_end(tmp_path, monkeypatch):
     """One may be born during the look."""
-    from qlora_kit.tools import commands as module
+    from qlora_kit.tools import processes as module
 
     done, looks = subprocess.Popen(["true"]), iter([[], [psutil.Process()], [], []])
     done.wait()
@@ -386,11 +386,11 @@ def test_one_process_is_launched_told_to_stop_and_answers_with_its_code(project,
     run = launch("configs/train_config.yaml", 1, ["training.output_dir=runs/launched", "training.max_steps=null", "training.num_epochs=500", "data.score=none"], output=True)
     deadline = time.monotonic() + 300
     while not (run.run and (run.run / "metrics.jsonl").exists() and read_metrics(run.run)):
-        assert time.monotonic() < deadline and run.process.poll() is None, run.word("output")
+        assert time.monotonic() < deadline and run.process.poll() is None, run.message("output")
         time.sleep(0.1)
     assert run.run == project / "runs/launched"
-    assert run.wait([signal.SIGINT]) == 130, run.word("output")
-    assert "SIGINT" in run.word("output") and json.loads((run.run / "state.json").read_text())["state"] == "stopped" and family(run.told) == []
+    assert run.wait([signal.SIGINT]) == 130, run.message("output")
+    assert "SIGINT" in run.message("output") and json.loads((run.run / "state.json").read_text())["state"] == "stopped" and family(run.mailbox) == []
 
 
 def test_the_commands_that_launch_writes(monkeypatch, tmp_path):
@@ -428,7 +428,7 @@ def test_threads_are_shared_unless_they_are_set(monkeypatch, tmp_path):
 
 
 def test_launch_checks_the_config_before_it_starts_anything(project, monkeypatch, capsys):
-    from qlora_kit.tools import commands as module
+    from qlora_kit.tools import processes as module
 
     monkeypatch.chdir(project)
     monkeypatch.setattr(module, "Popen", lambda *a, **k: pytest.fail("started"))
