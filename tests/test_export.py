@@ -56,7 +56,7 @@ NOT_READ_AGAIN_OR_UNDER_ANOTHER_NAME = {
     "lora.py": ['(new/"base.json").write_text(', '(new/RECORD).write_text('],
     "merge.py": ["(folder/INDEX).write_text(", "(folder/name).write_text("],
     "predict.py": ['(Path(folder)/"config.json").write_text(text'],  # a temporary folder
-    "processes.py": ['(told/"output").open("wb")'],  # what a process prints
+    "processes.py": ['(mailbox/"output").open("wb")'],  # what a process prints
     "interruptions.py": ['file = path.open("w")'],  # holds nothing but its lock
     "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(out, "a"'],  # prints, and lines
     "clock.py": ['open(folder/f"layer-{i}.safetensors", "wb")'],  # prints, lines, and what shape.json vouches for
