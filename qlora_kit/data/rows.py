@@ -12,7 +12,7 @@ import csv
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -25,8 +25,9 @@ from .files import UserError
 # %% ../../nbs/data/02_rows.ipynb #00data008
 @dataclass
 class Conversation:
-    "Who said what, and where it stood in the user's file."
-    messages:list[dict] # [{"role": system|user|assistant|tool, "content": text}, …]; plain text is one message of the role `text`
+    "Who said what, and where the user's file says it."
+    # [{"role": system|user|assistant|tool, "content": text}, …]; plain text has the role `text`
+    messages:list[dict]
     where:str = "" # "file.json row 3", for error messages
     meta:dict = field(default_factory=dict) # every other field of the row, untouched
     tools:list|None = None # JSON schemas of the functions that the assistant may call
@@ -51,16 +52,16 @@ def _jsonl(path, name):
         try:
             if line.strip(): yield f"line {i}", json.loads(line)
         except json.JSONDecodeError as e:
-            raise _not_json(name, i, e=e,
-                            remedy="a .jsonl file holds one whole object a line") from None
+            remedy = "a .jsonl file holds one whole object a line"
+            raise _not_json(name, i, e=e, remedy=remedy) from None
 
 # %% ../../nbs/data/02_rows.ipynb #00data021
 def _json(path, name):
     text = "".join(_lines(path, name))
     try: rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as e:
-        raise _not_json(name, e.lineno, e=e, remedy="a .json file holds one array; one object a "
-                                                    "line is .jsonl") from None
+        remedy = "a .json file holds one array; one object a line is .jsonl"
+        raise _not_json(name, e.lineno, e=e, remedy=remedy) from None
     if not isinstance(rows, list):
         raise UserError(f"{name}: received one {type(rows).__name__}; a .json file holds an array "
                         "of rows: put [ ] around it")
@@ -76,9 +77,8 @@ def _csv(path, name):
         for cells in reader:
             if cells and len(cells) != len(header):
                 raise UserError(f"{name} line {start}: received {len(cells)} values for the "
-                                f"{len(header)} columns {', '.join(header)}; "
-                                "put quotes around a value that holds a comma, and double the "
-                                "quotes inside it")
+                                f"{len(header)} columns {', '.join(header)}; put quotes around a "
+                                "value that holds a comma, and double the quotes inside it")
             if cells: yield f"line {start}", dict(zip(header, cells))
             start = reader.line_num + 1
     except csv.Error as e:
@@ -110,7 +110,8 @@ def _txt(path, name):
 _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet, ".txt": _txt}
 
 # %% ../../nbs/data/02_rows.ipynb #00data027
-_ALLOWED = ".json (an array of rows), .jsonl (one row a line), .csv, .parquet, .txt (a paragraph a row), or a folder of these"
+_ALLOWED = (".json (an array of rows), .jsonl (one row a line), .csv, .parquet, "
+            ".txt (a paragraph a row), or a folder of these")
 
 def _files(path)->list[tuple[Path, str]]:
     "The files of a source, each with the name that messages call it by."
@@ -131,9 +132,8 @@ def hub_name(
 )->dict|None: # kind, name and split for `load_dataset`; None if it is a path
     "Read `owner/name`, `owner/name:split` or `owner/name:config:split`."
     found = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))??(?::([\w.+-]+))?", str(source))
-    if Path(source).exists() or not found or Path(found[1]).suffix.lower() in _READERS or found[1].startswith(
-        "."):
-        return None
+    if Path(source).exists() or not found: return None
+    if found[1].startswith(".") or Path(found[1]).suffix.lower() in _READERS: return None
     return dict(kind=found[1], name=found[2], split=found[3] or "train")
 
 # %% ../../nbs/data/02_rows.ipynb #00data032
@@ -156,10 +156,10 @@ def _rows(source)->Iterator[tuple[str, str, object]]:
     "Every row of a source with its file and its place, unchecked."
     if hub := hub_name(source):
         yield from ((hub["kind"], where, row) for where, row in _hub(**hub))
-    else:
-        for path, name in _files(Path(source)):
-            yield from ((name, where, row)
-                        for where, row in _READERS[path.suffix.lower()](path, name))
+        return
+    for path, name in _files(Path(source)):
+        read = _READERS[path.suffix.lower()]
+        yield from ((name, where, row) for where, row in read(path, name))
 
 # %% ../../nbs/data/02_rows.ipynb #00data036
 def _refuse(name, bad, n, rule):
@@ -175,7 +175,7 @@ def _place(source, where):
 
 # %% ../../nbs/data/02_rows.ipynb #00data038
 def load_rows(
-    source:str|Path, # a file (.json, .jsonl, .csv, .parquet, .txt), a folder of such files, or owner/name:split on the hub
+    source:str|Path, # .json, .jsonl, .csv, .parquet, .txt, a folder of these, or owner/name:split
 )->Dataset: # n rows; the added column `_where` ("file.json row 3") says where each stood
     "Read all rows; a `UserError` names file, line and column of what cannot be read."
     rows = [(f"{name} {where}", row) for name, where, row in _rows(source)]
@@ -192,7 +192,7 @@ def load_rows(
                              features=Features(types | dict(_where=Value("string"))))
 
 # %% ../../nbs/data/02_rows.ipynb #00data052
-FORMATS = { # columns that a row must have, columns that it may have; the first format that fits is taken
+FORMATS = { # columns that a row must have, and that it may have; the first format that fits wins
     "messages": (("messages",), ("system", "tools")),
     "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input", "system")),
@@ -202,11 +202,11 @@ TURN_FIELDS = ("role", "content", "from", "value") # names inside a turn; `field
 
 # %% ../../nbs/data/02_rows.ipynb #00data054
 def find_format(
-    columns, # names of the columns
+    columns:Iterable[str], # names of the columns
     format:str="auto", # one of `FORMATS`, or auto
     fields:dict|None=None, # our name → the file's name, where they differ
 )->str: # one of `FORMATS`
-    "The format of rows with these columns; `UserError` if none fits, or a mapping leads nowhere."
+    "Choose the format of rows by their columns; `UserError` if none fits, or a mapping is wrong."
     fields, columns = fields or {}, [c for c in columns if c != "_where"]
     known = sorted({c for needed, other in FORMATS.values()
                     for c in needed + other} | set(TURN_FIELDS))
@@ -223,8 +223,7 @@ def find_format(
     for name in FORMATS if format == "auto" else [format]:
         if set(FORMATS[name][0]) <= ours: return name
     formats = "; ".join(f"{name}: {', '.join(needed)}" for name, (needed, _) in FORMATS.items()
-                        if format in (
-        "auto", name))
+                        if format in ("auto", name))
     raise UserError(f"received the columns {columns}, which fit no format; allowed: {formats}. "
                     f"Name them in data.fields, e.g. {{prompt: {(columns or ['question'])[0]}, "
                     "completion: …}")
@@ -285,7 +284,8 @@ def _problem(row, format, fields):
         name = fields.get(k, k)
         if k in ("messages", "conversations"): p = _turns_problem(row, name, fields)
         elif k == "tools":
-            p = None if _tools(row.get(name)) is not False else f"'{name}' is {_short(row[name])}, not a list of JSON schemas"
+            wrong = _tools(row.get(name)) is False
+            p = f"'{name}' is {_short(row[name])}, not a list of JSON schemas" if wrong else None
         else: p = _column_problem(row, name, optional=k in other)
         if p: return p
 
@@ -299,7 +299,8 @@ def _unquoted(value):
 def _tools(value):
     "The list of tools in a cell; None if there are none, False if it holds something else."
     tools = _unquoted(value)
-    return None if tools in (None, "", []) else tools if isinstance(tools, list) and all(isinstance(t, dict) for t in tools) else False
+    if tools in (None, "", []): return None
+    return isinstance(tools, list) and all(isinstance(t, dict) for t in tools) and tools
 
 def _call(call):
     function = call.get("function")
@@ -320,15 +321,18 @@ def _turns(row, format, fields):
     if format == "messages": turns = [_turn(t, fields) for t in get("messages")]
     elif format == "sharegpt": turns = [_turn(t, fields) for t in get("conversations")]
     elif format == "prompt_completion":
-        turns = [dict(role="user", content=get("prompt")), dict(role="assistant", content=get(
-            "completion"))]
+        turns = [dict(role="user", content=get("prompt")),
+                 dict(role="assistant", content=get("completion"))]
     else:
         asked = get("instruction") + (f"\n\n{get('input')}" if get("input").strip() else "")
         turns = [dict(role="user", content=asked), dict(role="assistant", content=get("output"))]
     return [dict(role="system", content=get("system"))]*bool(get("system")) + turns
 
 # %% ../../nbs/data/02_rows.ipynb #00data068
-def with_system(c:Conversation, system_prompt:str|None)->Conversation:
+def with_system(
+    c:Conversation, # of a user, or plain text
+    system_prompt:str|None, # the new first turn; None: change nothing
+)->Conversation: # a new one, or `c` itself
     "Put the system prompt before a conversation that has none."
     own = system_prompt is None or c.messages[0]["role"] in ("system", "text")
     return c if own else Conversation([dict(role="system", content=system_prompt), *c.messages],
@@ -342,7 +346,7 @@ def conversation(
     system_prompt:str|None=None, # the first turn, where the row has none of its own
     fields:dict|None=None, # our name → the file's name, where they differ
 )->Conversation: # its turns, place, meta and tools
-    "One row as a conversation; a `UserError` names the field that is missing, empty or not text."
+    "Turn one row into a conversation; `UserError` for a field that is missing, empty or not text."
     fields, where = fields or {}, where or row.get("_where", "row")
     if problem := _problem(row, format, fields):
         raise UserError(f"{where}: {problem}. {_rule(format, fields)}")
@@ -363,9 +367,9 @@ def load_conversations(
     system_prompt:str|None=None, # the first turn of every conversation that has none of its own
     format:str="auto", # one of `FORMATS`; auto looks at the columns
     fields:dict|None=None, # our name → the file's name, where they differ
-    say=lambda line: None, # called with one line that tells which format was recognised
+    say:Callable[[str],None]=lambda line: None, # called with one line: the format recognised
 )->list[Conversation]: # n conversations, in the order of the source
-    "All rows of a source as conversations; one `UserError` counts all bad rows and shows the first three."
+    "Read a source as conversations; one `UserError` counts all bad rows and shows three."
     rows, name, fields = load_rows(source), Path(source).name, fields or {}
     format = _choose(rows.column_names, format, fields=fields, name=name, say=say)
     rows = list(rows)
@@ -384,13 +388,13 @@ def _choose(columns, format, fields, name, say):
 
 # %% ../../nbs/data/02_rows.ipynb #00data088
 def stream_conversations(
-    source:str|Path, # as for `load_conversations`; a .json array is the one kind that is parsed whole
-    system_prompt:str|None=None, # as there
-    format:str="auto", # as there
-    fields:dict|None=None, # as there
-    say=lambda line: None, # as there
+    source:str|Path, # a file, a folder or a name on the hub; only a .json array is parsed whole
+    system_prompt:str|None=None, # the first turn of every conversation that has none of its own
+    format:str="auto", # one of `FORMATS`; auto looks at the columns
+    fields:dict|None=None, # our name → the file's name, where they differ
+    say:Callable[[str],None]=lambda line: None, # called with one line: the format recognised
 )->Iterator[Conversation]: # one after another, in the order of the source
-    "The conversations of `load_conversations` without holding them; `UserError` at the first bad row."
+    "Read the conversations of a source one at a time; `UserError` at the first bad row."
     return _stream(_rows(source), Path(source).name, system_prompt=system_prompt, format=format,
                    fields=fields or {}, say=say)
 
@@ -416,21 +420,21 @@ def _checked(row, where):
 # %% ../../nbs/data/02_rows.ipynb #00data093
 @dataclass
 class Reiterable:
-    "Something to iterate over more than once."
-    read:callable # without arguments; returns a fresh iterable
+    "An iterable that starts again with each loop over it."
+    read:Callable[[], Iterable] # returns a fresh iterable
     def __iter__(self): return iter(self.read())
 
 # %% ../../nbs/data/02_rows.ipynb #00data096
 def given_conversations(
-    given, # what the function returned: Conversations, or dicts of one format
+    given:Iterable|None, # what the function returned: Conversations, or dicts of one format
     name:str="load_custom_dataset", # of the function, for messages
-    system_prompt:str|None=None, # as for `load_conversations`
+    system_prompt:str|None=None, # the first turn of every conversation that has none of its own
     *,
-    format:str="auto", # as there
-    fields:dict|None=None, # as there
-    say=lambda line: None, # as there
+    format:str="auto", # one of `FORMATS`; auto looks at the columns
+    fields:dict|None=None, # our name → the name in the rows, where they differ
+    say:Callable[[str],None]=lambda line: None, # called with one line: the format recognised
 )->Iterator[Conversation]: # one after another
-    "Conversations from a function of the user's; `UserError` for what is neither."
+    "Yield conversations from what a user's function returned; `UserError` for anything else."
     if given is None:
         raise UserError(f"{name}: returned None; return Conversations, or rows such as "
                         "{'instruction': …, 'output': …}")
@@ -470,7 +474,7 @@ def split(
     validation_split:float, # share to hold out, 0 <= share < 1
     seed:int, # another seed draws other rows
 )->tuple[list[Conversation], list[Conversation]]: # train, validation; each in file order
-    "Hold rows out for validation; equal rows stay together, so that no row is in both parts."
+    "Hold rows out for validation; equal rows stay together, so no row is in both parts."
     n = len(conversations)
     _check_share(validation_split)
     if not validation_split: return list(conversations), []
@@ -482,8 +486,8 @@ def split(
     for group in groups:
         if len(held) + len(group) <= want: held.update(group)
     held = held or set(min(groups, key=len))
-    return [c for i,c in enumerate(conversations)
-            if i not in held], [c for i,c in enumerate(conversations) if i in held]
+    train = [c for i,c in enumerate(conversations) if i not in held]
+    return train, [c for i,c in enumerate(conversations) if i in held]
 
 # %% ../../nbs/data/02_rows.ipynb #00data119
 def held_out(
@@ -493,4 +497,5 @@ def held_out(
 )->bool: # does it belong to the validation part?
     "Decide for one row of a stream, by its text and the seed alone."
     _check_share(validation_split)
-    return int.from_bytes(_digest(json.dumps(conversation.messages), seed)) < validation_split * 2**256
+    digest = _digest(json.dumps(conversation.messages), seed)
+    return int.from_bytes(digest) < validation_split * 2**256
