@@ -190,6 +190,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qlora_kit.data.tokens.ExampleFile.__len__': ( 'data/tokens.html#examplefile.__len__',
                                                                                       'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens.Rewritten': ('data/tokens.html#rewritten', 'qlora_kit/data/tokens.py'),
+                                       'qlora_kit.data.tokens._adds_bos': ('data/tokens.html#_adds_bos', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._any_of': ('data/tokens.html#_any_of', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._calls': ('data/tokens.html#_calls', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._check_heard': ('data/tokens.html#_check_heard', 'qlora_kit/data/tokens.py'),

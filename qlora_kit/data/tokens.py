@@ -33,7 +33,7 @@ from .rows import Conversation
 class Example:
     "Token ids of one conversation, and which of them the loss sees."
     ids: list[int]        # T token ids
-    targets: list[bool]   # [T] targets[i]: is ids[i] learned, that is predicted from ids[:i]; targets[0] is False
+    targets: list[bool]   # [T] is ids[i] learned, that is predicted from ids[:i]? Never ids[0]
     where: str = ""       # where the row came from, for messages: "file.json row 3"
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens020
@@ -49,21 +49,19 @@ FALLBACK_TEMPLATE = """\
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens022
 TEMPLATES = {"headings": FALLBACK_TEMPLATE,
-    "plain": "{% for m in messages %}{{ m.content }}{{ eos_token if m.role == 'assistant' else '' "
-             "}}{% endfor %}",
-    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% "
-              "endfor %}"
-              "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "llama3": "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ "
-              "m.content | trim }}<|eot_id|>{% endfor %}"
-              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% "
-              "endif %}",
-    "gemma": "{% set system = messages[0].content if messages[0].role == 'system' else '' %}{% for "
-             "m in messages if m.role != 'system' %}"
-             "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ system + "
-             "'\n\n' if loop.first and system else '' }}"
-             "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt "
-             "%}<start_of_turn>model\n{% endif %}"}
+    "plain": "{% for m in messages %}{{ m.content }}"
+             "{{ eos_token if m.role == 'assistant' else '' }}{% endfor %}",
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+              "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+              "{{ m.content | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}",
+    "gemma": "{% set system = messages[0].content if messages[0].role == 'system' else '' %}"
+             "{% for m in messages if m.role != 'system' %}"
+             "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+             "{{ system + '\n\n' if loop.first and system else '' }}"
+             "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+             "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"}
 # the token that ends an answer, where it is not EOS
 ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}
 
@@ -82,7 +80,7 @@ def read_template(
     tokenizer:PreTrainedTokenizerBase, # whose special tokens the template needs
     template:str, # a name in `TEMPLATES`, or the path of a Jinja file
 )->str: # the Jinja text
-    "Look a template up by name or path; `UserError` for an unknown one, or one whose special tokens the tokenizer lacks."
+    "Read a template; `UserError` if it is unknown, or the tokenizer lacks its special tokens."
     if template not in TEMPLATES:
         try: return Path(template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -92,29 +90,32 @@ def read_template(
     marks = set(re.findall(r"<\|\w+\|>|<\w+_of_turn>", TEMPLATES[template]))
     if missing := sorted(marks - set(tokenizer.get_vocab())):
         raise UserError(f"data.template: {template} writes the special tokens "
-                        f"{', '.join(missing)}, which {_name(tokenizer)} does not have; allowed "
-                        "for it: "
-                        f"{', '.join(t for t in TEMPLATES if t not in ENDS)}, or the path of a "
-                        "Jinja file")
+                        f"{', '.join(missing)}, which {_name(tokenizer)} does not have; "
+                        f"allowed for it: {', '.join(t for t in TEMPLATES if t not in ENDS)}, "
+                        "or the path of a Jinja file")
     return TEMPLATES[template]
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens027
 def ensure_template(
     tokenizer:PreTrainedTokenizerBase, # changed in place
-    template:str|None=None, # a name in `TEMPLATES` or the path of a Jinja file; None: the tokenizer's own, or else `headings`
+    template:str|None=None, # in `TEMPLATES`, or a Jinja file; None: its own, or else `headings`
 )->PreTrainedTokenizerBase: # the same tokenizer, with a chat template, an EOS token and a pad token
-    "Give `tokenizer` the chat template asked for, the fallback if it has none, and what it lacks of EOS and pad token. `UserError` if nothing can end an answer."
+    "Give a tokenizer what it lacks of template, EOS and pad; `UserError` if nothing ends answers."
     if template is None and tokenizer.chat_template is None: template = "headings"
     if tokenizer.pad_token is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
-        adds_bos = template in TEMPLATES and tokenizer.bos_token is not None and tokenizer("x")[
-            "input_ids"][:1] == [tokenizer.bos_token_id]
-        tokenizer.chat_template = ("{{ bos_token }}" if adds_bos else "") + read_template(tokenizer, template)
+        adds_bos = template in TEMPLATES and _adds_bos(tokenizer)
+        bos = "{{ bos_token }}" if adds_bos else ""
+        tokenizer.chat_template = bos + read_template(tokenizer, template)
     if template in ENDS: tokenizer.eos_token = ENDS[template]
     if tokenizer.eos_token is None: _take_end(tokenizer, template)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+def _adds_bos(tokenizer)->bool:
+    first = tokenizer("x")["input_ids"][:1]
+    return tokenizer.bos_token is not None and first == [tokenizer.bos_token_id]
 
 def _take_end(tokenizer, template):
     "Make the token that the chat template ends answers with the EOS token."
@@ -126,8 +127,8 @@ def _take_end(tokenizer, template):
     if not usable:
         remedy = 'add "eos_token" to tokenizer_config.json in the folder of model.base_model'
     raise UserError(f"{_name(tokenizer)}: received no EOS token, and no chat template that ends "
-                    "answers with "
-                    f"a token of its own; one of them is needed to end answers; {remedy}")
+                    "answers with a token of its own; one of them is needed to end answers; "
+                    f"{remedy}")
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens038
 def _render(tokenizer, messages, generation=False, tools=None)->str:
@@ -141,8 +142,7 @@ def _render(tokenizer, messages, generation=False, tools=None)->str:
         roles = ", ".join(m["role"] + (" (calling tools)" if m.get("tool_calls") else "")
                           for m in messages)
         raise UserError(f"{_name(tokenizer)}: its chat template refuses messages of the roles "
-                        f"{roles}: {e}; "
-                        "reorder or drop messages, or set data.template") from None
+                        f"{roles}: {e}; reorder or drop messages, or set data.template") from None
 
 def _any_of(strings)->re.Pattern: # of none of them: matches nothing
     return re.compile("|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True))
@@ -215,13 +215,13 @@ def _end_tokens(tokenizer, template, eos, size)->tuple[str, ...]:
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens040
 def _ways(message)->list[list[str]]:
-    "The pieces that stand in the rendering of an answer, in order; a second list where there is another way to write it."
-    content, calls = (message.get("content") or "").strip(), [c.get("function", c)["name"]
-        for c in message.get(
-        "tool_calls") or []]
+    "The pieces of a rendered answer, in order; a second list if there is another way to write it."
+    content = (message.get("content") or "").strip()
+    calls = [c.get("function", c)["name"] for c in message.get("tool_calls") or []]
     thinking, closing, said = content.rpartition("</think>")
-    return [[content, *calls]] + ([[thinking.strip().removeprefix("<think>").strip(), said.strip(),
-                                    *calls]] if closing else [])
+    if not closing: return [[content, *calls]]
+    thought = thinking.strip().removeprefix("<think>").strip()
+    return [[content, *calls], [thought, said.strip(), *calls]]
 
 def _find(text, message, start, stop)->int:
     "One past the last piece of an answer in `text[start:stop]`; -1 if not all are there."
@@ -248,8 +248,8 @@ class Rewritten(UserError):
 
 def _unsaid(tokenizer, i, n)->UserError:
     return UserError(f"{_name(tokenizer)}: its chat template does not write all that message {i} "
-                     f"of {n} says (content, thinking, calls of tools); "
-                     "drop what it leaves out, or set data.template")
+                     f"of {n} says (content, thinking, calls of tools); drop what it leaves out, "
+                     "or set data.template")
 
 def answer_span(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
@@ -257,10 +257,10 @@ def answer_span(
     i:int, # which message, one of the assistant's
     text:str, # `messages`, rendered
     tools:list|None=None, # JSON schemas that the template gets
-)->tuple[int,int,bool]: # first character of the answer, one past its last, and whether an end token is among them
-    "Where in `text` the assistant says message `i`; `Rewritten` if the turns cannot be told apart."
-    before, after = _render(tokenizer, messages[:i], generation=True,
-                            tools=tools), _render(tokenizer, messages[:i+1], tools=tools)
+)->tuple[int,int,bool]: # the answer's first character, one past its last; does an end token close it?
+    "Find where `text` says message `i`; `Rewritten` if the turns cannot be told apart."
+    before = _render(tokenizer, messages[:i], generation=True, tools=tools)
+    after = _render(tokenizer, messages[:i+1], tools=tools)
     start, stop = len(before), len(commonprefix([after, text]))
     last = _find(text, messages[i], start=start, stop=stop) if text.startswith(before) else -1
     if last < 0 and _find(after, messages[i], start=0, stop=len(after)) < 0:
@@ -296,7 +296,7 @@ def mark_answers(
     generation:bool=False, # end with the opening of a new answer?
     tools:list|None=None, # JSON schemas that the template gets
 )->tuple[str,list[tuple[int,int]]]: # the rendered text, and the character span of each answer in it
-    "Render `messages` once and find what the assistant says; an answer that the template leaves open is closed with EOS."
+    "Render `messages` once and find what the assistant says; EOS closes an answer left open."
     text = _render(tokenizer, messages, generation=generation, tools=tools)
     pieces, spans, done, shift = [], [], 0, 0
     for i, message in enumerate(messages):
@@ -319,15 +319,19 @@ def prompt_text(
     try: return mark_answers(tokenizer, messages, generation=True, tools=tools)[0]
     except Rewritten: return _render(tokenizer, messages, generation=True, tools=tools)
 
-def mark_last(tokenizer:PreTrainedTokenizerBase, messages:list[dict],
-              tools:list|None=None)->tuple[str,list[tuple[int,int]]]:
-    "Like `mark_answers` for the last answer alone, which every template writes: its prompt, then the answer."
+def mark_last(
+    tokenizer:PreTrainedTokenizerBase, # with a chat template
+    messages:list[dict], # one conversation; turns after its last answer are left out
+    tools:list|None=None, # JSON schemas that the template gets
+)->tuple[str,list[tuple[int,int]]]: # the prompt and the last answer; the answer's characters
+    "Find the last answer alone, which every template writes."
     n = max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1
     try:
         text, spans = mark_answers(tokenizer, messages[:n], tools=tools)
         return text, spans[-1:]
     except Rewritten:
-        before, after = prompt_text(tokenizer, messages[:n-1], tools), _render(tokenizer, messages[:n], tools=tools)
+        before = prompt_text(tokenizer, messages[:n-1], tools)
+        after = _render(tokenizer, messages[:n], tools=tools)
     start = _start(before, after, messages[n-1])
     last = _find(after, messages[n-1], start=start, stop=len(after))
     if last < 0: raise _unsaid(tokenizer, n, len(messages))
@@ -340,8 +344,8 @@ def _start(before, after, message)->int:
     for prompt in (before, before.rstrip()):
         if after.startswith(prompt): return len(prompt)
     said = _ways(message)[0][0]
-    return after.rfind(said) if said else len(re.sub(r"<[^<>\s]*$", "",
-                                                     commonprefix([before, after])))
+    if said: return after.rfind(said)
+    return len(re.sub(r"<[^<>\s]*$", "", commonprefix([before, after])))
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens062
 LOSS_ON = ("assistant", "completion", "all")
@@ -350,7 +354,7 @@ def targets_of(
     offsets:list[tuple[int,int]], # [T] first character of each token, one past its last
     spans:list[tuple[int,int]], # characters that are learned
 )->list[bool]: # [T] is the token learned? The first never is: nothing stands before it
-    "A token is learned if its first character is."
+    "Mark each token whose first character is learned."
     targets = [any(start <= a < stop and start < b for start, stop in spans) for a, b in offsets]
     targets[:1] = [False]
     return targets
@@ -379,9 +383,8 @@ def encode(
     "Tokenise `messages` once and mark the tokens that are learned, end tokens included."
     if not tokenizer.is_fast:
         raise UserError(f"{_name(tokenizer)}: received a slow tokenizer, which reports no "
-                        "character offsets; "
-                        "allowed are fast ones (with a tokenizer.json); convert it with "
-                        "AutoTokenizer")
+                        "character offsets; allowed are fast ones (with a tokenizer.json); "
+                        "convert it with AutoTokenizer")
     try: text, spans = _marked(tokenizer, messages, tools=tools, loss_on=loss_on)
     except UserError as e: raise type(e)(f"{where}: {e}" if where else str(e)) from None
     tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -391,8 +394,8 @@ def encode(
 # %% ../../nbs/data/03_tokens.ipynb #01tokens075
 def _pieces(tokenizer, example)->list[tuple[str,bool,bool]]:
     "Text, learned?, special? of each token; tokens that share a character come as one."
-    special, decode = _special(tokenizer), lambda a, b: tokenizer.decode(example.ids[a:b],
-        clean_up_tokenization_spaces=False)
+    special = _special(tokenizer)
+    def decode(a, b): return tokenizer.decode(example.ids[a:b], clean_up_tokenization_spaces=False)
     pieces, previous, start = [], 0, 0
     for i, token in enumerate(example.ids):
         text = decode(previous, i+1)[len(decode(previous, start)):]
@@ -411,15 +414,18 @@ def show_targets(
     tokenizer:PreTrainedTokenizerBase, # the one that made `example`
     example:Example, # one conversation
 )->Html: # shown by a notebook; a plain string of HTML elsewhere
-    "Colour the tokens of `example`: green and underlined where the loss sees them, special tokens framed."
-    spans = "".join(f'<span style="{_STYLE[learned]}{_FRAME if special else ""}margin:0 '
-                    f'1px;">{escape(text)}</span>'
-                    for text, learned, special in _pieces(tokenizer, example))
-    legend = "".join(f'<span style="{_STYLE[learned]}padding:0 4px;margin-right:8px;">{n} '
-                     f'{word}</span>' for learned, word, n in
-                     [(True, "learned", sum(example.targets)),
-                      (False, "only read", len(example.ids) - sum(example.targets))])
-    return Html(f'<div style="font-family:monospace;line-height:1.8;white-space:pre-wrap;overflow-wrap:anywhere;">{spans}</div>'
+    "Colour tokens: green and underlined where the loss sees them, special ones framed."
+    def span(style, text): return f'<span style="{style}">{text}</span>'
+    def piece(text, learned, special):
+        frame = _FRAME if special else ""
+        return span(f"{_STYLE[learned]}{frame}margin:0 1px;", escape(text))
+    learned = sum(example.targets)
+    counts = {True: f"{learned} learned", False: f"{len(example.ids) - learned} only read"}
+    spans = "".join(piece(*p) for p in _pieces(tokenizer, example))
+    legend = "".join(span(f"{_STYLE[on]}padding:0 4px;margin-right:8px;", said)
+                     for on, said in counts.items())
+    return Html('<div style="font-family:monospace;line-height:1.8;white-space:pre-wrap;'
+                f'overflow-wrap:anywhere;">{spans}</div>'
                 f'<div style="font-size:85%;margin-top:6px;">{legend}</div>')
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens083
@@ -427,7 +433,7 @@ def target_text(
     tokenizer:PreTrainedTokenizerBase, # the one that made `example`
     example:Example, # one conversation
 )->str: # rich markup, for `rich.print`
-    "The tokens of `example` for a terminal: bold green and underlined where the loss sees them, dim elsewhere."
+    "Mark tokens for a terminal: bold green and underlined where the loss sees them, else dim."
     style = {True: "bold green underline", False: "dim"}
     return "".join(f"[{style[learned]}]{escape_markup(text)}[/]"
                    for text, learned, _ in _pieces(tokenizer, example))
@@ -459,9 +465,13 @@ def encode_turns(
     return [encode(tokenizer, c.messages[:i], max_length=max_length, where=c.where, tools=c.tools,
                    loss_on="completion") for i in answers]
 
-def encode_text(tokenizer:PreTrainedTokenizerBase, text:str, max_length:int|None=None,
-                where:str="")->list[Example]:
-    "Plain text and EOS, divided into examples of at most `max_length` tokens; all are learned but the first of each."
+def encode_text(
+    tokenizer:PreTrainedTokenizerBase, # with an EOS token
+    text:str, # plain text; EOS is added
+    max_length:int|None=None, # tokens of one example; None: no limit
+    where:str="", # carried into the examples
+)->list[Example]: # all tokens are learned but the first of each
+    "Divide plain text into examples."
     ids = tokenizer(text)["input_ids"]
     if ids[-1:] != [tokenizer.eos_token_id]: ids = [*ids, tokenizer.eos_token_id]
     size = max_length or len(ids)
@@ -475,29 +485,31 @@ def encode_all(
     max_length:int, # tokens kept of each row, from the left
     loss_on:str="assistant", # one of `LOSS_ON`
     quiet:bool=False, # no progress bar
-)->tuple[list[Example],list[str]]: # examples that have targets, and `where` of the rows that have none
+)->tuple[list[Example],list[str]]: # examples with targets; `where` of those without any
     "Encode every conversation; `UserError` if none has a target within `max_length`."
-    examples = [e for c in progress(conversations, "tokenizing", quiet)
-                for e in encode_turns(tokenizer, c, max_length=max_length, loss_on=loss_on)]
-    kept, dropped = [e for e in examples if any(e.targets)], [e.where for e in examples
-        if not any(e.targets)]
+    kept, dropped = [], []
+    for c in progress(conversations, "tokenizing", quiet):
+        for e in encode_turns(tokenizer, c, max_length=max_length, loss_on=loss_on):
+            if any(e.targets): kept.append(e)
+            else: dropped.append(e.where)
     _some_left(kept, dropped, max_length)
     return kept, dropped
 
 def _some_left(kept, dropped, max_length):
     if len(kept) == 0:
         raise UserError(f"max_length: received {max_length}, which cuts all {len(dropped)} rows "
-                        "before the first word of an answer; "
-                        "raise it or shorten the questions")
+                        "before the first word of an answer; raise it or shorten the questions")
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens101
 class ExampleFile(Sequence):
-    "Examples on a disk: `len`, index and iteration as of a list. The file is deleted when the object is."
+    "Examples on a disk, used like a list; the file goes when the object goes."
     features = Features({"ids": List(Value("int32")), "targets": List(Value("bool")),
-                         "where": Value(
-        "string")})
+                         "where": Value("string")})
 
-    def __init__(self, examples:Iterable[Example], folder:Path|None=None): # read once; where the file lies meanwhile, None: the system's folder for such files
+    def __init__(self,
+        examples:Iterable[Example], # read once
+        folder:Path|None=None, # holds the file; None: the system's folder for temporary files
+    ):
         self.folder = TemporaryDirectory(dir=folder, prefix="examples-")
         path = Path(self.folder.name)/"examples.arrow"
         writer = ArrowWriter(path=str(path), features=self.features)
@@ -516,16 +528,16 @@ def encode_stream(
     max_length:int, # tokens kept of each row, from the left
     *,
     loss_on:str="assistant", # one of `LOSS_ON`
-    folder:Path|None=None, # where the file lies
+    folder:Path|None=None, # holds the file; None: the system's folder for temporary files
     quiet:bool=False, # no progress bar
-)->tuple[ExampleFile,list[str]]: # as `encode_all`
-    "`encode_all` for more rows than fit into memory."
+)->tuple[ExampleFile,list[str]]: # examples with targets; `where` of those without any
+    "Encode more rows than fit into memory, as `encode_all` does."
     dropped = []
     def examples():
-        for e in (e for c in progress(conversations, "tokenizing", quiet)
-                  for e in encode_turns(tokenizer, c, max_length=max_length, loss_on=loss_on)):
-            if any(e.targets): yield e
-            else: dropped.append(e.where)
+        for c in progress(conversations, "tokenizing", quiet):
+            for e in encode_turns(tokenizer, c, max_length=max_length, loss_on=loss_on):
+                if any(e.targets): yield e
+                else: dropped.append(e.where)
     kept = ExampleFile(examples(), folder)
     _some_left(kept, dropped, max_length)
     return kept, dropped
