@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['RECOMPUTE_CHOICES', 'HUB', 'RECIPES', 'PLACES', 'SHOWN', 'OFFLOAD', 'SLIDERS', 'config_setup', 'begin', 'on_levels',
            'fit_levels', 'change_for', 'change_words', 'fit_verdict', 'peaks', 'start_command', 'spelled',
-           'config_text', 'save_config', 'bars', 'numbers_html', 'Planner', 'chosen', 'set_controls', 'PlannerWidget',
-           'say', 'draw', 'show', 'moved', 'restart', 'accept', 'write', 'listen']
+           'config_text', 'save_config', 'bars', 'numbers_html', 'Planner', 'chosen', 'set_controls', 'PlannerWidget']
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner002
-import base64, re
+import base64
+import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from html import escape
@@ -20,55 +20,62 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from ..data.files import UserError, write_atomic
-from ..data.files import need_widgets, show_or_widget
-from ..training.recompute import levels_in_words, LEVELS
-from .predict import (
-    GB, memory_table, plot_memory, levels_of, Setup, shape_text, SHAPES)
+from ..data.files import need_widgets, show_or_widget, UserError, write_atomic
 from .budget import fill_card, Fit, fit_card, smallest_change
+from .predict import (
+    GB, levels_of, memory_table, plot_memory, Setup, shape_text, SHAPES)
+from ..training.recompute import levels_in_words, LEVELS
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner006
 RECOMPUTE_CHOICES = ("auto", *LEVELS)
-HUB = dict(zip(SHAPES, ("HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.2-1B-Instruct",
-    "meta-llama/Llama-3.1-8B-Instruct",
-                        "Qwen/Qwen2.5-32B-Instruct", "meta-llama/Llama-3.1-70B-Instruct"))) # well-known shape -> a model that has it
+HUB = { # well-known shape -> a model that has it
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B-Instruct",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B-Instruct",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B-Instruct"}
 RECIPES = {p.stem: p for p in sorted(Path(str(files("qlora_kit")/"assets/recipes")).glob("*.yaml"))}
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner008
-PLACES = {"base_model": ("model", "base_model", "smollm2-135m"), "r": ("model", "lora_r", 16),
+PLACES = { # field of a `Setup` -> section, key, default
+    "base_model": ("model", "base_model", "smollm2-135m"),
+    "r": ("model", "lora_r", 16),
     "target_modules": ("model", "target_modules", "all-linear"),
-          "rank_pattern": ("model", "rank_pattern", {}), "variant": ("model", "lora_variant",
-              "lora"), "dropout": ("model", "lora_dropout", 0.05),
-          "quant_type": ("model", "quant_type", "nf4"),
-          "double_quant": ("model", "double_quant", True),
-          "batch": ("training", "batch_size", 4), "accumulation": ("training",
-              "gradient_accumulation_steps", 1), "length": ("training", "max_length", 512),
-          "recompute": ("training", "recompute", "auto"), "optimizer": ("training", "optimizer",
-              "adamw"), "dtype": ("training", "dtype", "auto"),
-          "packed": ("data", "packing", "none"), "stage": ("deepspeed", "stage", 3),
-          "offload_param": (
-              "deepspeed", "offload_param", "none"),
-          "offload_optimizer": ("deepspeed", "offload_optimizer", "none")} # field of a `Setup` -> section, key, default
+    "rank_pattern": ("model", "rank_pattern", {}),
+    "variant": ("model", "lora_variant", "lora"),
+    "dropout": ("model", "lora_dropout", 0.05),
+    "quant_type": ("model", "quant_type", "nf4"),
+    "double_quant": ("model", "double_quant", True),
+    "batch": ("training", "batch_size", 4),
+    "accumulation": ("training", "gradient_accumulation_steps", 1),
+    "length": ("training", "max_length", 512),
+    "recompute": ("training", "recompute", "auto"),
+    "optimizer": ("training", "optimizer", "adamw"),
+    "dtype": ("training", "dtype", "auto"),
+    "packed": ("data", "packing", "none"),
+    "stage": ("deepspeed", "stage", 3),
+    "offload_param": ("deepspeed", "offload_param", "none"),
+    "offload_optimizer": ("deepspeed", "offload_optimizer", "none")}
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner010
 def config_setup(
     text:str, # a run's YAML
     ranks:int=1, # W; a single rank trains without ZeRO
 )->Setup: # `UserError` for text that is no config
-    "A config, as far as memory is concerned."
+    "Read a config, as far as memory is concerned."
     try:
         values = yaml.safe_load(text)
-        said = {f: (values.get(section) or {}).get(key, default)
-                for f, (section, key, default) in PLACES.items()}
+        said = {field: (values.get(section) or {}).get(key, default)
+                for field, (section, key, default) in PLACES.items()}
     except (yaml.YAMLError, AttributeError):
         raise UserError("the file is no config; give YAML with the sections model, training and "
                         "data") from None
     if said["recompute"] not in RECOMPUTE_CHOICES:
         raise UserError(f"training.recompute: received {said['recompute']!r}; allowed here are "
                         f"{', '.join(RECOMPUTE_CHOICES)}")
-    said |= {"packed": said["packed"] != "none",
-             "rank_pattern": tuple(said["rank_pattern"].items()),
-             "dtype": "bfloat16" if said["dtype"] == "auto" else said["dtype"]}
+    said["packed"] = said["packed"] != "none"
+    said["rank_pattern"] = tuple(said["rank_pattern"].items())
+    if said["dtype"] == "auto": said["dtype"] = "bfloat16"
     if not isinstance(said["target_modules"], str):
         said["target_modules"] = tuple(said["target_modules"])
     if ranks == 1: said |= {"stage": 0, "offload_param": "none", "offload_optimizer": "none"}
@@ -76,9 +83,9 @@ def config_setup(
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner012
 def begin(
-    start:str, # a model (well-known, or a folder with config.json), the name of a recipe, or a YAML file
-)->tuple[Setup,int|None]: # a run, and the bytes of a card where the name says it; `UserError` for anything else
-    "What a person names, as a `Setup`."
+    start:str, # a known model, a folder with config.json, a recipe's name, or a YAML file
+)->tuple[Setup,int|None]: # a run, and the bytes of a card where the name says it; or `UserError`
+    "Make a `Setup` of what a person names."
     path = RECIPES.get(start, Path(start).expanduser())
     named = re.search(r"-(\d+)x(\d+)gb$", start)
     cards, card = (int(named[1]), int(named[2])*GB) if named else (1, None)
@@ -95,87 +102,100 @@ def begin(
 def on_levels(
     setup:Setup, # `recompute` may be "auto"
     limit:int, # bytes of the card
-)->Setup: # on the highest rungs that fit, where it was
-    "A setup that memory can predict."
+)->Setup: # on the highest levels that fit, where it was
+    "Make a setup that can be predicted."
     return fill_card(setup, limit) if setup.recompute == "auto" else setup
 
 @lru_cache(1024)
-def fit_levels(setup:Setup, limit:int)->Fit: # bytes of the card
-    "Does it fit?"
+def fit_levels(
+    setup:Setup, # `recompute` may be "auto"
+    limit:int, # bytes of the card
+)->Fit:
+    "Hold a run against a card, and remember the answer."
     return fit_card(on_levels(setup, limit), limit)
 
 @lru_cache(256)
-def change_for(setup:Setup, limit:int)->tuple|None: # change and its `Fit`; None if nothing helps
-    "What would make it fit?"
+def change_for(
+    setup:Setup, # `recompute` may be "auto"
+    limit:int, # bytes of the card
+)->tuple|None: # change and its `Fit`; None if nothing helps
+    "Find the smallest change, and remember it."
     return smallest_change(on_levels(setup, limit), limit)
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner019
 def change_words(
     change:dict, # settings of a `Setup`, from `smallest_change`
 )->str:
-    "A change as a person would say it."
+    "Say a change in words."
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in change.items())
 
 def fit_verdict(
     fit:Fit, # from `fit_levels`
     found:tuple|None=(), # from `change_for`; (): not looked for
 )->str: # one line; a mark in front says yes or no
-    "Does it fit, and if not, what would help?"
-    gb = lambda n: f"{n/GB:.1f} GB"
+    "Say whether a run fits, and if not, what would help."
+    def gb(n): return f"{n/GB:.1f} GB"
     if fit.fits:
-        return f"✓ fits: {gb(fit.need)} of {gb(fit.limit)}; layers: {levels_in_words(levels_of(fit.setup))}"
+        levels = levels_in_words(levels_of(fit.setup))
+        return f"✓ fits: {gb(fit.need)} of {gb(fit.limit)}; layers: {levels}"
     said = f"✗ does not fit: {gb(fit.need)} needed, {gb(fit.limit)} there"
     if found is None: return f"{said}; no combination of the changes that are known helps"
-    return said + (f"; smallest change: {change_words(found[0])} → {gb(found[1].need)}" if found
-                   else "")
+    if not found: return said
+    return f"{said}; smallest change: {change_words(found[0])} → {gb(found[1].need)}"
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner022
 def peaks(
     fit:Fit, # from `fit_levels`
 )->dict[str,float]: # name -> GB of one rank
-    "The numbers that decide."
+    "Return the numbers that decide."
     load, *train = fit.prediction.totals.items()
     when, most = max(train, key=lambda x: x[1])
     return {"load peak": load[1]/GB, f"train peak ({when})": most/GB,
-            "needed, with margin": fit.need/GB,
-        "the card": fit.limit/GB}
+            "needed, with margin": fit.need/GB, "the card": fit.limit/GB}
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner025
-def start_command(setup:Setup, file:str="config.yaml")->str: # for a shell
-    "How such a run is started."
+def start_command(
+    setup:Setup, # the run
+    file:str="config.yaml", # its config
+)->str: # for a shell
+    "Say how such a run is started."
     if setup.ranks > 1: return f"qlora-kit launch {file} --ranks {setup.ranks}"
     away = {setup.offload_param, setup.offload_optimizer} != {"none"}
-    return f"qlora-kit train {file}" + (" --deepspeed configs/deepspeed_config.json" if away
-                                        else "")
+    return f"qlora-kit train {file}" + " --deepspeed configs/deepspeed_config.json"*away
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner028
-# stand in the config even where they are its defaults
+# in the config even where they are its defaults
 SHOWN = ("base_model", "r", "batch", "accumulation", "length", "recompute")
 
-def spelled(setup:Setup)->dict: # field of a `Setup` -> value in a config
-    "A setup in the words of a config."
+def spelled(
+    setup:Setup, # the run
+)->dict: # field of a `Setup` -> value in a config
+    "Spell a setup in the words of a config."
     targets = setup.target_modules
-    other = {"base_model": HUB.get(setup.base_model, setup.base_model), "packed": "best_fit"
-             if setup.packed else "none",
-             "rank_pattern": dict(setup.rank_pattern), "target_modules": targets
-             if isinstance(targets, str) else list(targets)}
+    other = {"base_model": HUB.get(setup.base_model, setup.base_model),
+             "packed": "best_fit" if setup.packed else "none",
+             "rank_pattern": dict(setup.rank_pattern),
+             "target_modules": targets if isinstance(targets, str) else list(targets)}
     return {field: other.get(field, getattr(setup, field)) for field in PLACES}
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner030
 def config_text(
-    setup:Setup,
+    setup:Setup, # the run
     limit:int, # bytes of the card
     file:str="config.yaml", # its name, for the command in the first line
 )->str: # YAML, with placeholders for the data
-    "The config of a planned run."
-    values, alone = {"model": {}, "training": {}, "data": {"train_file": "data/sample_data.json"},
-        "deepspeed": {}}, start_command(setup) == "qlora-kit train config.yaml"
+    "Write the config of a planned run."
+    values = {"model": {}, "training": {}, "data": {"train_file": "data/sample_data.json"},
+              "deepspeed": {}}
+    alone = start_command(setup) == "qlora-kit train config.yaml"
     for field, value in spelled(setup).items():
         section, key, default = PLACES[field]
         left_out = section == "deepspeed" and alone or field == "dtype" and value == "bfloat16"
         if not left_out and (field in SHOWN or value != default): values[section][key] = value
     values["model"]["lora_alpha"] = 2*setup.r
-    head = f"# {start_command(setup, file)}\n# planned for {setup.ranks} × {limit/GB:g} GB: {fit_verdict(fit_levels(setup, limit))}\n"
+    verdict = fit_verdict(fit_levels(setup, limit))
+    head = (f"# {start_command(setup, file)}\n"
+            f"# planned for {setup.ranks} × {limit/GB:g} GB: {verdict}\n")
     return head + yaml.safe_dump({k: v for k, v in values.items() if v}, sort_keys=False,
                                  allow_unicode=True)
 
@@ -197,22 +217,26 @@ def save_config(
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner037
 def bars(
-    fit:Fit,
+    fit:Fit, # from `fit_levels`
 )->str: # HTML of an image, with a text for those who cannot see it
-    "Stacked bars of one rank, with the card's limit."
+    "Draw stacked bars of one rank, with the card's limit."
     figure, png = Figure(figsize=(8.4, 2.9), dpi=110, layout="constrained"), BytesIO()
     ax = plot_memory(fit.prediction, fit.limit/GB, figure.subplots())
-    ax.set_title(f"each of {fit.setup.ranks} cards" if fit.setup.ranks > 1 else "one card",
-                 fontsize=10)
+    ranks = fit.setup.ranks
+    ax.set_title(f"each of {ranks} cards" if ranks > 1 else "one card", fontsize=10)
     figure.savefig(png, format="png")
     said = ", ".join(f"{moment} {n/GB:.1f} GB" for moment, n in fit.prediction.totals.items())
     return (f'<img alt="Memory of each card at {said}; the card has {fit.limit/GB:g} GB" '
             'style="background:#fff;border-radius:4px;max-width:100%" '
             f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"/>')
 
-def numbers_html(fit:Fit)->str: # HTML
-    "The peaks as a table."
-    cell = lambda text, side: f'<td style="text-align:{side};padding:2px 12px;white-space:nowrap">{text}</td>'
+def numbers_html(
+    fit:Fit, # from `fit_levels`
+)->str: # HTML
+    "Show the peaks as a table."
+    def cell(text, side):
+        style = f"text-align:{side};padding:2px 12px;white-space:nowrap"
+        return f'<td style="{style}">{text}</td>'
     rows = (f'<tr>{cell(name, "left")}{cell(f"{x:.2f} GB", "right")}</tr>'
             for name, x in peaks(fit).items())
     return f'<table style="line-height:1.5">{"".join(rows)}</table>'
@@ -220,12 +244,13 @@ def numbers_html(fit:Fit)->str: # HTML
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner039
 @dataclass(repr=False)
 class Planner:
-    "A run and a card; a notebook shows it as a widget, and without ipywidgets as a verdict, a table and a figure."
+    "A run and a card, shown as a widget, or as a verdict, a table and a figure."
     start:str|Setup = HUB["llama-3.1-8b"] # as for `begin`, or a `Setup`
     memory:float|None = None # GB of a card; None: what a recipe's name says, or 24
 
     def __post_init__(self):
-        self.setup, card = (self.start, None) if isinstance(self.start, Setup) else begin(self.start)
+        given = isinstance(self.start, Setup)
+        self.setup, card = (self.start, None) if given else begin(self.start)
         self.limit = int((self.memory or (card or 24*GB)/GB)*GB)
         if self.limit <= 0:
             raise UserError(f"memory: received {self.memory}; give the GB of a card, as 24")
@@ -236,32 +261,39 @@ class Planner:
         return fit_verdict(self.fit, () if self.fit.fits else change_for(self.setup, self.limit))
     def config(self)->str: return config_text(self.setup, self.limit)
     def static(self)->str:
-        return f"<p><b>{escape(self.verdict())}</b></p>{numbers_html(self.fit)}{bars(self.fit)}<pre>{escape(self.config())}</pre>"
+        return (f"<p><b>{escape(self.verdict())}</b></p>{numbers_html(self.fit)}{bars(self.fit)}"
+                f"<pre>{escape(self.config())}</pre>")
     def __repr__(self)->str:
-        return f"{self.verdict()}\n\n{memory_table(self.fit.prediction).round(2).to_string()}\n\n{self.config()}"
+        table = memory_table(self.fit.prediction).round(2).to_string()
+        return f"{self.verdict()}\n\n{table}\n\n{self.config()}"
     def _repr_mimebundle_(self, **_)->dict: return show_or_widget(self)
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner043
-OFFLOAD = {"nothing": ("none", "none"), "optimizer to CPU": ("none", "cpu"),
-    "optimizer and weights to CPU": ("cpu", "cpu"),
-           "optimizer to NVMe": ("none", "nvme"), "optimizer and weights to NVMe": ("nvme", "nvme")} # words -> offload_param, offload_optimizer
+OFFLOAD = { # words -> offload_param, offload_optimizer
+    "nothing": ("none", "none"), "optimizer to CPU": ("none", "cpu"),
+    "optimizer and weights to CPU": ("cpu", "cpu"), "optimizer to NVMe": ("none", "nvme"),
+    "optimizer and weights to NVMe": ("nvme", "nvme")}
 
 def _controls(w): # the package ipywidgets; controls by field
-    late, look = dict(continuous_update=False), dict(style={"description_width": "8em"}, layout={
-        "width": "26em"})
-    slider = lambda name, low, high, step=1: w.IntSlider(min=low, max=high, step=step,
-                                                         description=name, **look, **late)
-    choice = lambda name, options: w.Dropdown(options=options, description=name, **look)
-    return dict(start=w.Combobox(options=[*HUB.values(), *RECIPES], description="model or config",
-                                 **(look | {
-        "layout": {"width": "32em"}}), **late),
-                memory=w.BoundedFloatText(min=1, max=1024, description="GB of a card", **(look | {
-                    "layout": {"width": "16em"}})),
-                ranks=slider("cards", 1, 64), batch=slider("batch", 1, 64), accumulation=slider(
-                    "accumulation", 1, 64), length=slider("length", 64, 16384, 64),
-                r=slider("rank r", 1, 256), recompute=choice("recompute", RECOMPUTE_CHOICES),
-                stage=choice(
-                    "ZeRO stage", [0, 1, 2, 3]), offload=choice("offload", OFFLOAD))
+    def look(width="26em"):
+        style = {"style": {"description_width": "8em"}}
+        return dict(layout={"width": width}, **style)
+    def slider(name, low, high, step=1):
+        return w.IntSlider(min=low, max=high, step=step, description=name, continuous_update=False,
+                           **look())
+    def choice(name, options): return w.Dropdown(options=options, description=name, **look())
+    return dict(
+        start=w.Combobox(options=[*HUB.values(), *RECIPES], description="model or config",
+                         continuous_update=False, **look("32em")),
+        memory=w.BoundedFloatText(min=1, max=1024, description="GB of a card", **look("16em")),
+        ranks=slider("cards", 1, 64),
+        batch=slider("batch", 1, 64),
+        accumulation=slider("accumulation", 1, 64),
+        length=slider("length", 64, 16384, 64),
+        r=slider("rank r", 1, 256),
+        recompute=choice("recompute", RECOMPUTE_CHOICES),
+        stage=choice("ZeRO stage", [0, 1, 2, 3]),
+        offload=choice("offload", OFFLOAD))
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner045
 SLIDERS = ("ranks", "batch", "accumulation", "length", "r")
@@ -270,7 +302,7 @@ def chosen(
     controls:dict, # from `_controls`
     setup:Setup, # for the fields that have no control
 )->Setup:
-    "What the controls say."
+    "Read what the controls say."
     offload_param, offload_optimizer = controls["offload"].value
     fields = {name: controls[name].value for name in (*SLIDERS, "recompute", "stage")}
     if fields["ranks"] == 1 and offload_optimizer == "none": fields["stage"] = 0
@@ -281,7 +313,7 @@ def chosen(
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner047
 def set_controls(
     controls:dict, # from `_controls`
-    setup:Setup,
+    setup:Setup, # what they shall say
     limit:int, # bytes of the card
 ):
     "Let the controls say what a setup says."
@@ -290,90 +322,89 @@ def set_controls(
         slider.max = max(slider.max, value)
         if (value - slider.min) % slider.step: slider.step = 1
         slider.value = value
-    controls["memory"].value, controls["recompute"].value, controls["stage"].value = limit/GB, setup.recompute, setup.stage
+    controls["memory"].value = limit/GB
+    controls["recompute"].value = setup.recompute
+    controls["stage"].value = setup.stage
     controls["offload"].value = setup.offload_param, setup.offload_optimizer
-    controls["stage"].disabled = setup.ranks == 1 and setup.offload_optimizer == "none" or setup.offload_param != "none"
+    alone = setup.ranks == 1 and setup.offload_optimizer == "none"
+    controls["stage"].disabled = alone or setup.offload_param != "none"
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner049
 class PlannerWidget:
-    "A planner's setup, moved by controls; `box` is what a notebook shows. `UserError` without ipywidgets."
+    "A planner's setup, moved by controls. `UserError` without ipywidgets."
     def __init__(self, planner:Planner):
         w, wide = need_widgets(), {"width": "auto", "align_self": "flex-start"}
         self.planner, self.controls, self.change, self.listening = planner, _controls(w), {}, True
         self.said, self.table, self.picture, self.saved = w.HTML(), w.HTML(), w.HTML(), w.Label()
-        self.text, self.name = w.Textarea(rows=17, layout={"width": "32em"}), w.Text(value="planned.yaml", layout={
-            "width": "16em"})
-        self.apply, self.save = w.Button(description="apply the change", icon="magic",
-                                         layout=wide), w.Button(description="save config",
-                                             icon="save", layout=wide)
-        top, *left = [self.controls[k] for k in ("start", "ranks", "batch", "accumulation",
-            "length", "r", "recompute", "stage", "offload")]
+        self.text = w.Textarea(rows=17, layout={"width": "32em"})
+        self.name = w.Text(value="planned.yaml", layout={"width": "16em"})
+        self.apply = w.Button(description="apply the change", icon="magic", layout=wide)
+        self.save = w.Button(description="save config", icon="save", layout=wide)
+        left = [self.controls[k] for k in (*SLIDERS, "recompute", "stage", "offload")]
+        top = w.HBox([self.controls["start"], self.controls["memory"]])
         right = w.VBox([self.said, self.apply, self.table],
                        layout={"flex": "1 1 0", "padding": "0 0 0 1em"})
+        middle = w.HBox([w.VBox(left, layout={"flex": "0 0 auto"}), right])
         below = w.HBox([self.text, w.VBox([self.name, self.save, self.saved])])
-        self.box = w.VBox([w.HBox([top, self.controls["memory"]]), w.HBox([w.VBox(left, layout={
-            "flex": "0 0 auto"}), right]), self.picture, below])
+        self.box = w.VBox([top, middle, self.picture, below])
         self.listen()
         self.show()
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner051
-def say(self:PlannerWidget, line:str):
+def _say(self:PlannerWidget, line:str):
     self.said.value = f'<b style="font-size:110%;line-height:1.4">{escape(line)}</b>'
 
-def draw(self:PlannerWidget):
-    "Everything that follows from the planner's setup."
+def _draw(self:PlannerWidget):
+    "Show everything that follows from the planner's setup."
     fit, planner = self.planner.fit, self.planner
-    self.table.value, self.picture.value, self.text.value = numbers_html(fit), bars(fit), config_text(planner.setup, fit.limit, self.name.value)
+    self.table.value, self.picture.value = numbers_html(fit), bars(fit)
+    self.text.value = config_text(planner.setup, fit.limit, self.name.value)
     self.say(fit_verdict(fit) + ("" if fit.fits else " · … looking for the smallest change"))
     self.say(planner.verdict())
     if not fit.fits: self.change = (change_for(planner.setup, fit.limit) or [{}])[0]
     self.apply.disabled, self.save.disabled = not self.change, False
 
-PlannerWidget.say, PlannerWidget.draw = say, draw
+PlannerWidget.say, PlannerWidget.draw = _say, _draw
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner053
-def show(self:PlannerWidget):
-    "The controls and all that follows, from the planner's setup."
-    self.change, self.apply.disabled, self.save.disabled, self.saved.value = {}, True, True, ""
+def _show(self:PlannerWidget):
+    "Set the controls and all that follows from the planner's setup."
+    self.change, self.saved.value = {}, ""
+    self.apply.disabled = self.save.disabled = True
     self.listening = False
     try: set_controls(self.controls, self.planner.setup, self.planner.limit)
     finally: self.listening = True
     try: self.draw()
     except Exception as e: self.say(f"⚠ {e}")
 
-def moved(self:PlannerWidget, *_):
+def _moved(self:PlannerWidget, *_):
     "A control has another value."
     if not self.listening: return
     self.say("… computing")
-    self.planner.setup, self.planner.limit = chosen(self.controls, self.planner.setup), int(self.controls[
-        "memory"].value*GB)
+    self.planner.setup = chosen(self.controls, self.planner.setup)
+    self.planner.limit = int(self.controls["memory"].value*GB)
     self.show()
 
-PlannerWidget.show, PlannerWidget.moved = show, moved
+PlannerWidget.show, PlannerWidget.moved = _show, _moved
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner055
-def restart(self:PlannerWidget, *_):
+def _restart(self:PlannerWidget, *_):
     "Another model, recipe or config was named."
     try: self.planner.setup, card = begin(self.controls["start"].value)
-    except UserError as e:
-        self.say(f"⚠ {e}")
-        return
+    except UserError as e: return self.say(f"⚠ {e}")
     self.planner.limit = card or self.planner.limit
     self.show()
 
-def accept(self:PlannerWidget, *_):
+def _accept(self:PlannerWidget, *_):
     self.planner.setup = replace(self.planner.setup, **self.change)
     self.show()
 
-def write(self:PlannerWidget, *_):
-    "Save the config, as it stands in its field."
+def _write(self:PlannerWidget, *_):
+    "Save the config, as its field holds it."
     try: self.saved.value = f"written: {save_config(self.text.value, self.name.value)}"
     except UserError as e: self.saved.value = f"⚠ {e}"
 
-PlannerWidget.restart, PlannerWidget.accept, PlannerWidget.write = restart, accept, write
-
-# %% ../../nbs/memory/03_planner.ipynb #07bplanner056
-def listen(self:PlannerWidget):
+def _listen(self:PlannerWidget):
     "Connect controls and buttons."
     start, model = self.planner.start, self.planner.setup.base_model
     self.controls["start"].value = start if isinstance(start, str) else HUB.get(model, model)
@@ -382,5 +413,6 @@ def listen(self:PlannerWidget):
     self.apply.on_click(self.accept)
     self.save.on_click(self.write)
 
-PlannerWidget.listen = listen
+PlannerWidget.restart, PlannerWidget.accept, PlannerWidget.write = _restart, _accept, _write
+PlannerWidget.listen = _listen
 Planner.widget = lambda self: PlannerWidget(self).box
