@@ -60,9 +60,8 @@ def global_batch(
 # %% ../../nbs/data/04_batches.ipynb #02batches025
 def _chunks(rows, lengths, m):
     "`rows`, longest first, in `m` runs of equal size or one less; fewer runs if there are fewer rows."
-    rows, sizes = sorted(rows,
-                         key=lambda row: (-lengths[row], row)), [(len(rows)+i) // m
-                             for i in range(m) if len(rows)+i >= m]
+    rows = sorted(rows, key=lambda row: (-lengths[row], row))
+    sizes = [(len(rows)+i) // m for i in range(m) if len(rows)+i >= m]
     return [rows[end-size:end] for size,end in zip(sizes, accumulate(sizes))]
 
 # %% ../../nbs/data/04_batches.ipynb #02batches029
@@ -118,8 +117,8 @@ def _weights(sequences, T):
 def pad(
     examples:list[Example], # B of them; none gives the filler, one pad without a target
     pad_id:int, # fills what a short row leaves free; may be the EOS
-)->dict[str,torch.Tensor]: # input_ids, attention_mask (1 token, 0 pad), labels (-100 if not a target): int64 [B,T]
-    "One rectangle for the model: pads on the right, labels only where `targets` says so."
+)->dict[str,torch.Tensor]: # int64 [B,T]: input_ids, attention_mask (0: pad), labels (-100: none)
+    "Make one rectangle: pads on the right, labels only where `targets` says so."
     _check_pad(pad_id)
     batch = _rectangle(max(1, len(examples)), max([1] + [len(e.ids) for e in examples]), pad_id)
     if not examples: batch["attention_mask"][:] = 1
@@ -138,10 +137,10 @@ def count_targets(
 
 # %% ../../nbs/data/04_batches.ipynb #02batches087
 def pack(
-    sequences:list[list[Example]], # B sequences, each of one or more documents; none gives the filler, one pad without a target
+    sequences:list[list[Example]], # B of them, of one or more documents; none gives the filler
     pad_id:int, # fills what a short sequence leaves free; may be the EOS
-)->dict[str,torch.Tensor]: # input_ids, position_ids, labels: int64 [B,T]; documents: int32 [S+1], where each begins in the B·T tokens, and the end
-    "Documents one behind the other; positions begin again with each, and no attention mask, so that each sees itself alone."
+)->dict[str,torch.Tensor]: # input_ids, position_ids, labels [B,T]; documents [S+1]: starts, end
+    "Put documents one behind the other; positions begin again, so each sees itself alone."
     _check_pad(pad_id)
     T = max([1] + [sum(len(e.ids) for e in s) for s in sequences])
     free = [T - sum(len(e.ids) for e in s) for s in sequences or [[]]]
@@ -160,9 +159,9 @@ def pack(
 @torch.no_grad()
 def check_packing(
     forward:Callable, # packed batch → summed loss, as an engine's `forward`; without dropout
-    tolerance:float=1e-5, # relative; fp32 rounding. 1e-2 for bf16, which keeps eight significant bits
+    tolerance:float=1e-5, # relative: fp32 rounding; 1e-2 for bf16 with its 8 significant bits
 )->None:
-    "`UserError` if a packed document sees the one before it. Every rank takes part."
+    "Refuse a model in which a packed document sees the one before it; every rank takes part."
     last = Example(list(range(20, 28)), [t > 0 for t in range(8)])
     a, b = (float(forward(pack([[Example(list(range(i, i+8)), [False]*8), last]], 0)))
             for i in (1, 10))
@@ -210,7 +209,8 @@ def epoch_plan(
 )->list[list[list[int]]]: # global batches, each a list of at most G sequences, each a list of rows
     "All steps of one epoch: a function of `(seed, epoch)`, the lengths and the three settings."
     def mixed(items, stream):
-        return [items[i] for i in np.random.default_rng([seed, epoch, stream]).permutation(len(items))]
+        order = np.random.default_rng([seed, epoch, stream]).permutation(len(items))
+        return [items[i] for i in order]
     def cut(items, n): return [items[i:i+n] for i in range(0, len(items), n)]
     rows = shuffled(len(lengths), seed, epoch)
     if capacity is not None: return cut(mixed(best_fit(rows, lengths, capacity), 1), size)
@@ -237,17 +237,19 @@ class Feed:
         if self.capacity is not None and self.group_by_length:
             raise UserError("training.group_by_length=true with data.packing=best_fit; packed "
                             "sequences are all as long as they can be: keep one of the two")
-        # refuses no rows, or none at a time
-        global_batch(len(self.examples), self.batch_size*self.accumulation*self.ranks, step=0,
-                     seed=self.seed)
-        self.size, self.lengths, self._kept = self.batch_size*self.accumulation*self.ranks, [len(e.ids) for e in self.examples], {}
-        self.sequences, self.per_epoch = sum(map(len, self.epoch(0))), len(self.epoch(0))
+        self.size = self.batch_size*self.accumulation*self.ranks
+        global_batch(len(self.examples), self.size, step=0, seed=self.seed) # refuses no rows
+        self.lengths = [len(e.ids) for e in self.examples]
+        self._kept = {}
+        self.sequences = sum(map(len, self.epoch(0)))
+        self.per_epoch = len(self.epoch(0))
 
     def epoch(self, epoch:int)->list: # as `epoch_plan`
         "All steps of an epoch."
         if epoch not in self._kept:
             self._kept = {epoch: epoch_plan(self.lengths, self.size, seed=self.seed, epoch=epoch,
-                                            capacity=self.capacity, group_by_length=self.group_by_length)}
+                                            capacity=self.capacity,
+                                            group_by_length=self.group_by_length)}
         return self._kept[epoch]
 
 # %% ../../nbs/data/04_batches.ipynb #02batches113
@@ -256,15 +258,16 @@ def step(self:Feed, step:int)->list[list[int]]: # sequences, each a list of rows
     epoch, i = divmod(step, self.per_epoch)
     return self.epoch(epoch)[i]
 
-def batches(self:Feed, step:int, rank:int=0)->Iterator[dict]: # exactly k batches, as `pad` or `pack` make them
+def batches(self:Feed, step:int, rank:int=0)->Iterator[dict]: # exactly k, of `pad` or `pack`
     "The micro-batches of one rank in a step; a filler where it has run out."
     named = {s[0]: s for s in self.step(step)} # a sequence goes by its first row
     totals = {name: sum(self.lengths[r] for r in s) for name,s in named.items()}
     for part in micro_batches(list(named), totals, batch_size=self.batch_size,
                               accumulation=self.accumulation, rank=rank, ranks=self.ranks):
         rows = [[self.example(r) for r in named[name]] for name in part]
-        yield pack(rows if self.capacity else [[e for e, in rows]],
-                   self.pad_id) if self.capacity or self.joined else pad([e for e, in rows], self.pad_id)
+        if self.capacity: yield pack(rows, self.pad_id)
+        elif self.joined: yield pack([[e for e, in rows]], self.pad_id)
+        else: yield pad([e for e, in rows], self.pad_id)
 
 def example(self:Feed, row:int)->Example: # with its weight, if rows have any
     "A row by its number."
@@ -342,11 +345,13 @@ def document_mask(
 
 # %% ../../nbs/data/04_batches.ipynb #02batches135b
 def one_by_one(
-    attend, # (query, key, value, mask) → (result [B,T,H,d], …), causal without a mask
-    query:torch.Tensor, key:torch.Tensor, value:torch.Tensor, # as in `document_attention`
+    attend:Callable, # (query, key, value, mask) → (result [B,T,H,d], …), causal without a mask
+    query:torch.Tensor, # [B,H,T,d]
+    key:torch.Tensor, # [B,K,T,d], K divides H
+    value:torch.Tensor, # [B,K,T,d]
     documents:torch.Tensor, # int32 [S+1], as in a packed batch
 )->torch.Tensor: # [B,T,H,d]
-    "Each document by itself."
+    "Compute attention for each document by itself."
     B, _, T, _ = query.shape
     at = [(a//T, slice(a%T, a%T + n))
           for a, n in zip(documents.tolist(), documents.diff().tolist())]
@@ -358,14 +363,16 @@ def one_by_one(
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 def _kernel_takes(query, dropout):
-    "May `varlen_attn` compute this? It knows 16-bit numbers, heads of up to 256 in eights, and no dropout."
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256 and not dropout
+    "May `varlen_attn` compute this? It takes 16-bit numbers, heads of up to 256 in eights."
+    width = query.shape[-1]
+    if not query.is_cuda or dropout: return False
+    return query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
 
 # %% ../../nbs/data/04_batches.ipynb #02batches137yd
 def worth_a_plan(
     T:int, # positions of a sequence
-)->bool:
-    "Whether cuDNN's attention pays: it is ahead from here on, and other rows will have this length too."
+)->bool: # True: it is faster there, and other rows will have this length too
+    "Say whether cuDNN's attention pays for its plan."
     return T >= 1024 and T % 128 == 0
 
 @contextmanager
@@ -384,7 +391,7 @@ def document_attention(
     query:torch.Tensor, # [B,H,T,d]
     key:torch.Tensor, # [B,K,T,d], K divides H
     value:torch.Tensor, # [B,K,T,d]
-    attention_mask:torch.Tensor|None, # int32 [1,1,1,S+1]: documents; anything else is a mask for SDPA
+    attention_mask:torch.Tensor|None, # int32 [1,1,1,S+1]: documents; else a mask for SDPA
     dropout:float=0.0, # of attention weights
     scaling:float|None=None, # of the scores; None: 1/√d
     sliding_window:int|None=None, # tokens that a token sees, itself included
@@ -414,9 +421,9 @@ def attend_documents(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
     if config._attn_implementation == "documents": return True
-    if config._attn_implementation != "sdpa" or set(getattr(config, "layer_types", None) or []) - {
-        "full_attention", "sliding_attention"}:
-        return False
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if config._attn_implementation != "sdpa": return False
+    if kinds - {"full_attention", "sliding_attention"}: return False
     AttentionInterface.register("documents", document_attention)
     AttentionMaskInterface.register("documents", sdpa_mask)
     base.set_attn_implementation("documents")
@@ -425,7 +432,7 @@ def attend_documents(
 def document_starts(
     model, # as in `attend_documents`
     ids:torch.Tensor, # [B,T] token ids
-    documents:torch.Tensor|None=None, # int32 [S+1] of a packed batch; None for a padded one, whose rows are the documents
+    documents:torch.Tensor|None=None, # int32 [S+1] of a packed batch; None: each row is one
 )->torch.Tensor|None: # int32 [1,1,1,S+1], None where position ids do the work
     "What such a model takes in the place of an attention mask."
     if model.config.get_text_config()._attn_implementation != "documents": return None
