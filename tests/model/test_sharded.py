@@ -186,7 +186,7 @@ if sys.argv[3] == "disk":
     swapped = load_sharded(sys.argv[2], disk, **args)
     files = [f.stat().st_size for f in (root/"disk").rglob(f"rank{place.rank}/*.swp")]
     moved = swapped.get_input_embeddings().weight
-    with whole(embedding), whole(moved): assert torch.equal(embedding.data, moved.data)
+    with whole_weight(embedding), whole_weight(moved): assert torch.equal(embedding.data, moved.data)
     assert packed_hash(swapped) == hash_before
 print(json.dumps(dict(digest=digest.hexdigest(), peak=peak, packed=packed, scales=scales, plain=plain, read=model.bytes_read, files=files)))
 leave()
