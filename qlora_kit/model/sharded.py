@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_elements', 'storage_shape', 'own_bytes', 'own_weights', 'pack_share', 'share_scales', 'slot_batches',
-           'read_share', 'placeholder_parameter', 'keep_shard', 'make_shard', 'to_disk', 'zero_init', 'together',
+           'read_share', 'placeholder_parameter', 'zero_init', 'keep_shard', 'make_shard', 'to_disk', 'together',
            'load_batch', 'find_tensors', 'count_scales', 'load_sharded', 'cast_trained']
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded002
@@ -27,44 +27,48 @@ from qlora_kit.model.loader import (
     Tensors)
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded008
-def own_elements(
-    n:int,               # numbers of a flattened tensor
-    rank:int, ranks:int, # 0 … W-1, and W
-) -> tuple[int,int]:     # (first, after the last); equal where no numbers are left
-    "The run that ZeRO-3 gives to a rank (arXiv 1910.02054): ⌈n/W⌉ numbers each, until they run out."
+def own_elements(n:int, # numbers of a flattened tensor
+    rank:int, # 0 … W-1
+    ranks:int, # W
+    )->tuple[int,int]: # (first, after the last); equal where no numbers are left
+    "Find the run that ZeRO-3 gives to a rank (arXiv 1910.02054): ⌈n/W⌉ numbers, until they run out."
     part = -(-n//ranks)
     return min(rank*part, n), min((rank + 1)*part, n)
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded011
-def storage_shape(
-    like:Params4bit, # [D_out, D_in] on meta, with quant_storage
-) -> tuple[int,int]: # (n, 1); `UserError` where the packed bytes are no whole number of storage elements
-    "The shape of a packed matrix."
-    return stored(torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta"),
-                  like).numel(), 1
+def storage_shape(like:Params4bit, # [D_out, D_in] on meta, with quant_storage
+    )->tuple[int,int]: # (n, 1); `UserError` where the packed bytes are no whole number of elements
+    "Return the shape of a packed matrix."
+    packed = torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta")
+    return stored(packed, like).numel(), 1
 
-def own_bytes(
-    like:Params4bit, rank:int, ranks:int,
-) -> tuple[int,int]: # (first, after the last)
-    "The packed bytes that a rank keeps."
+def own_bytes(like:Params4bit, # [D_out, D_in] on meta, with quant_storage
+    rank:int, # 0 … W-1
+    ranks:int, # W
+    )->tuple[int,int]: # (first, after the last)
+    "Find the packed bytes that a rank keeps."
     first, last = own_elements(storage_shape(like)[0], rank, ranks)
     return first*like.quant_storage.itemsize, last*like.quant_storage.itemsize
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded013
-def own_weights(
-    like:Params4bit, rank:int, ranks:int, # as for `own_bytes`
-) -> tuple[int,int]:                      # (first, after the last): whole blocks, the matrix's last one excepted
-    "The weights that a rank reads."
+def own_weights(like:Params4bit, # [D_out, D_in] on meta, with quant_storage
+    rank:int, # 0 … W-1
+    ranks:int, # W
+    )->tuple[int,int]: # (first, after the last): whole blocks, the matrix's last one excepted
+    "Find the weights that a rank reads."
     first, last = own_bytes(like, rank, ranks)
-    return (first*2//64*64, min(-(-last*2//64)*64, like.numel())) if first < last else (0, 0)
+    if first == last: return 0, 0
+    return first*2//64*64, min(-(-last*2//64)*64, like.numel())
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded019
-def pack_share(
-    read, like:Params4bit, # read(a, b) -> Tensor [b-a] in the file's dtype; the matrix on meta
-    rank:int, *, ranks:int,
-    absmax:Tensor,         # [N/64] fp32 zeros; receives the scales of the blocks that are read
-    device,                # where to quantize
-) -> Tensor:               # the rank's packed bytes, uint8
+def pack_share(read, # read(a, b) -> Tensor [b-a] in the file's dtype
+    like:Params4bit, # the matrix on meta
+    rank:int, # 0 … W-1
+    *,
+    ranks:int, # W
+    absmax:Tensor, # [N/64] fp32 zeros; receives the scales of the blocks that are read
+    device, # where to quantize
+    )->Tensor: # the rank's packed bytes, uint8
     "Read and quantize one rank's part of a matrix."
     (first, last), (a, b) = own_bytes(like, rank, ranks), own_weights(like, rank, ranks)
     packed, found = pack_run(read, like, a=a, b=b, device=device)
@@ -72,11 +76,10 @@ def pack_share(
     return packed[first - a//2:last - a//2]
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded024
-def share_scales(
-    absmax:Tensor,    # fp32, the scales of several matrices in a row: a rank's own blocks, zeros elsewhere
+def share_scales(absmax:Tensor, # fp32, scales of several matrices in a row; zeros for others' blocks
     counts:list[int], # scales of each matrix; 0 for a tensor without any
-) -> list[tuple]:     # per matrix: all its scales, a view, and their mean as rank 0 has it
-    "Bring the scales of all ranks together, with two collectives for any number of matrices (double quantization: QLoRA, arXiv 2305.14314, section 3)."
+    )->list[tuple]: # per matrix: all its scales, a view, and their mean as rank 0 has it
+    "Bring the scales of all ranks together (double quantization: arXiv 2305.14314, section 3)."
     parts = absmax.split(counts)
     if not sum(counts): return [(part, None) for part in parts]
     dist.all_reduce(absmax, dist.ReduceOp.MAX)
@@ -85,11 +88,10 @@ def share_scales(
     return list(zip(parts, offsets))
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded026
-def slot_batches(
-    counts:list[int], # scales of each tensor, 0 where nothing is quantized
-    limit:int=2**20,  # scales that a batch should not exceed
-) -> list[tuple[int,int]]: # (first tensor, after the last), covering all in order
-    "Tensors whose scales travel together; from shapes alone, so every rank cuts alike."
+def slot_batches(counts:list[int], # scales of each tensor, 0 where nothing is quantized
+    limit:int=2**20, # scales that a batch should not exceed
+    )->list[tuple[int,int]]: # (first tensor, after the last), covering all in order
+    "Group tensors whose scales travel together; from shapes alone, so every rank cuts alike."
     cuts, total = [0], 0
     for i, count in enumerate(counts):
         if total and total + count > limit:
@@ -99,13 +101,16 @@ def slot_batches(
     return list(zip(cuts, [*cuts[1:], len(counts)]))
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded029
-def read_share(
-    slot:tuple, tensors:Tensors, key:str, # (module, attribute, …) from `slots`; the checkpoint, and the name in it
+def read_share(slot:tuple, # (module, attribute, …) from `slots`
+    tensors:Tensors, # the checkpoint
+    key:str, # name in the checkpoint
     *,
-    rank:int, ranks:int,
-    absmax:Tensor, device,                # as for `pack_share`; empty where nothing is to be quantized
-) -> tuple[Tensor, QuantState|None]:      # flat: packed bytes, or numbers in the model's dtype; scales that were saved
-    "One rank's part of any tensor."
+    rank:int, # 0 … W-1
+    ranks:int, # W
+    absmax:Tensor, # fp32 zeros for the scales; empty where nothing is to be quantized
+    device, # where to quantize
+    )->tuple[Tensor, QuantState|None]: # flat: packed bytes, or numbers in the model's dtype; saved scales
+    "Read one rank's part of any tensor."
     module, name, *_ = slot
     like = getattr(module, name)
     if not is_packed(module, name):
@@ -114,79 +119,31 @@ def read_share(
     if len(absmax):
         return pack_share(reader(module, name, tensors=tensors, key=key), like, rank=rank,
                           ranks=ranks, absmax=absmax, device=device), None
-    state, like_bytes = saved_scales(tensors, key, like=like, device=device), torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta")
-    return copy_run(partial(read_packed, tensors[key]), like_bytes, *own_bytes(like, rank, ranks),
+    state = saved_scales(tensors, key, like=like, device=device)
+    packed = torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta")
+    return copy_run(partial(read_packed, tensors[key]), packed, *own_bytes(like, rank, ranks),
                     device), state
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded033
-def placeholder_parameter(
-    module:nn.Module, name:str, # the slot, still on meta
-    state:QuantState|None,      # the scales, where the slot is packed
-    device,
-) -> nn.Parameter:              # the kind, shape and dtype of the finished parameter
-    "A parameter of any size in the memory of one number."
+def placeholder_parameter(module:nn.Module, # of the slot, still on meta
+    name:str, # of its attribute
+    state:QuantState|None, # the scales, where the slot is packed
+    device, # of the finished parameter
+    )->nn.Parameter: # the kind, shape and dtype of the finished parameter
+    "Make a parameter of any size in the memory of one number."
     like = getattr(module, name)
     if not is_packed(module, name):
         return nn.Parameter(torch.empty((), dtype=like.dtype, device=device).expand(like.shape),
                             like.dtype.is_floating_point)
     module.quant_state = state
-    return frozen(torch.empty((), dtype=like.quant_storage,
-                              device=device).expand(storage_shape(like)), like, state)
-
-# %% ../../nbs/model/05_sharded.ipynb #04bsharded036
-def keep_shard(
-    init,            # from `zero_init`
-    p:nn.Parameter,  # from `placeholder_parameter`
-    own:Tensor,      # the rank's part: packed bytes, or numbers
-) -> nn.Parameter:   # sharded: no numbers of its own, a shard beside it
-    "Turn a parameter into ZeRO-3's, with a shard that is there already."
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
-    init._convert_to_deepspeed_param(p)
-    part = -(-p.ds_numel//init.dp_world_size)
-    p.ds_tensor, p.ds_numel_aligned = make_shard(init, p, part=part, own=own), part*init.dp_world_size
-    p.ds_tensor.ds_numel, p.ds_tensor.status, p.ds_tensor.final_location = part, PartitionedParamStatus.AVAILABLE, None
-    to_disk(init, p)
-    p.partition()
-    return p
-
-# %% ../../nbs/model/05_sharded.ipynb #04bsharded038
-def make_shard(
-    init, p:nn.Parameter, # as for `keep_shard`, already converted
-    part:int,             # numbers of a shard
-    own:Tensor,           # the rank's part: packed bytes, or numbers
-) -> Tensor:              # [part] of p's dtype; zeros after the last number
-    "Put one rank's part where ZeRO-3 looks for it."
-    from deepspeed.accelerator import get_accelerator
-    device = torch.device(init.local_device if p.ds_persist else "cpu" if init.param_swapper
-                          else init.remote_device)
-    pin = init.pin_memory and device.type == "cpu"
-    if not pin and own.device == device and own.untyped_storage().nbytes() == part*p.itemsize:
-        return own.view(p.dtype)
-    shard = torch.zeros(part, dtype=p.dtype, device=device)
-    if pin: shard = get_accelerator().pin_memory(shard)
-    shard.view(own.dtype)[:len(own)] = own
-    return shard
-
-# %% ../../nbs/model/05_sharded.ipynb #04bsharded040
-def to_disk(
-    init, p:nn.Parameter, # as for `make_shard`
-) -> bool:                # whether p's shard is on the disk now, and no longer in memory
-    "Move a shard into a file, where the config wants that."
-    swapper, shard = init.param_swapper, p.ds_tensor
-    if not swapper or p.dtype != init.dtype or not swapper.swappable_tensor(numel=len(shard)):
-        return False
-    buffer = swapper.get_buffer(p, len(shard))
-    shard.data = buffer.copy_(shard).data
-    shard.final_location = init.remote_device
-    swapper.swap_out_and_release([p])
-    return True
+    number = torch.empty((), dtype=like.quant_storage, device=device)
+    return frozen(number.expand(storage_shape(like)), like, state)
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded042
-def zero_init(
-    zero_config:dict,  # complete DeepSpeed config of stage 3, without "auto"
+def zero_init(zero_config:dict, # complete DeepSpeed config of stage 3, without "auto"
     dtype:torch.dtype, # of the model
-):                     # deepspeed.zero.Init; `UserError` for a config under which shards cannot be made here
-    "DeepSpeed's converter of parameters, for ranks that have joined."
+    ): # deepspeed.zero.Init; `UserError` for a config under which shards cannot be made here
+    "Make DeepSpeed's converter of parameters, for ranks that have joined."
     import deepspeed
     from transformers.integrations import is_deepspeed_zero3_enabled
     zero = zero_config.get("zero_optimization", {})
@@ -194,8 +151,8 @@ def zero_init(
         raise UserError(f"zero_optimization.stage: received {zero.get('stage')!r}; only stage 3 "
                         "spreads weights: set it to 3, or use load_model")
     for key, allowed in (("zero_quantized_weights", False),
-                         ("zero_quantized_nontrainable_weights", False), (
-        "zero_hpz_partition_size", 1)):
+                         ("zero_quantized_nontrainable_weights", False),
+                         ("zero_hpz_partition_size", 1)):
         if zero.get(key, allowed) != allowed:
             raise UserError(f"zero_optimization.{key}: received {zero[key]!r}; allowed is "
                             f"{allowed}, since it copies or recodes packed bytes: remove it")
@@ -207,10 +164,61 @@ def zero_init(
                         "empty model; delete it first")
     return deepspeed.zero.Init(config_dict_or_path=copy.deepcopy(zero_config), dtype=dtype)
 
+# %% ../../nbs/model/05_sharded.ipynb #04bsharded036
+def keep_shard(init, # from `zero_init`
+    p:nn.Parameter, # from `placeholder_parameter`
+    own:Tensor, # the rank's part: packed bytes, or numbers
+    )->nn.Parameter: # sharded: no numbers of its own, a shard beside it
+    "Turn a parameter into ZeRO-3's, with a shard that is there already."
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+    init._convert_to_deepspeed_param(p)
+    part = -(-p.ds_numel//init.dp_world_size)
+    p.ds_tensor = make_shard(init, p, part=part, own=own)
+    p.ds_numel_aligned = part*init.dp_world_size
+    p.ds_tensor.ds_numel = part
+    p.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+    p.ds_tensor.final_location = None
+    to_disk(init, p)
+    p.partition()
+    return p
+
+# %% ../../nbs/model/05_sharded.ipynb #04bsharded038
+def make_shard(init, # from `zero_init`
+    p:nn.Parameter, # already converted
+    part:int, # numbers of a shard
+    own:Tensor, # the rank's part: packed bytes, or numbers
+    )->Tensor: # [part] of p's dtype; zeros after the last number
+    "Put one rank's part where ZeRO-3 looks for it."
+    from deepspeed.accelerator import get_accelerator
+    remote = "cpu" if init.param_swapper else init.remote_device
+    device = torch.device(init.local_device if p.ds_persist else remote)
+    pin = init.pin_memory and device.type == "cpu"
+    if not pin and own.device == device and own.untyped_storage().nbytes() == part*p.itemsize:
+        return own.view(p.dtype)
+    shard = torch.zeros(part, dtype=p.dtype, device=device)
+    if pin: shard = get_accelerator().pin_memory(shard)
+    shard.view(own.dtype)[:len(own)] = own
+    return shard
+
+# %% ../../nbs/model/05_sharded.ipynb #04bsharded040
+def to_disk(init, # from `zero_init`
+    p:nn.Parameter, # with a shard
+    )->bool: # whether p's shard is on the disk now, and no longer in memory
+    "Move a shard into a file, where the config wants that."
+    swapper, shard = init.param_swapper, p.ds_tensor
+    if not swapper or p.dtype != init.dtype or not swapper.swappable_tensor(numel=len(shard)):
+        return False
+    buffer = swapper.get_buffer(p, len(shard))
+    shard.data = buffer.copy_(shard).data
+    shard.final_location = init.remote_device
+    swapper.swap_out_and_release([p])
+    return True
+
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded045
 @contextmanager
-def together(device): # where collectives work
-    "Work that every rank does; if one of them fails, each raises: its own error, or `UserError` with the first that failed."
+def together(device, # where collectives work
+    ): # `UserError` on the ranks that did not fail, with the first error
+    "Do work on every rank; if one of them fails, each raises."
     error = None
     try: yield
     except Exception as e: error = e
@@ -218,19 +226,18 @@ def together(device): # where collectives work
     dist.all_reduce(failed, dist.ReduceOp.MAX)
     if not failed: return
     said = [None]*dist.get_world_size()
-    dist.all_gather_object(said, error
-                           and (str(error) if isinstance(error, UserError)
-                                else f"{type(error).__name__}: {error}"))
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    dist.all_gather_object(said, error and text)
     if error: raise error
     rank, text = next((rank, text) for rank, text in enumerate(said) if text)
     raise UserError(f"rank {rank} could not load its part: {text}")
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded047
-def load_batch(
-    found:list,       # (slot, names in the checkpoint) of each tensor
+def load_batch(found:list, # (slot, names in the checkpoint) of each tensor
     counts:list[int], # scales to be made for each
-    tensors:Tensors, init,
-):
+    tensors:Tensors, # the checkpoint
+    init, # from `zero_init`
+    ):
     "Fill slots with sharded parameters."
     device, absmax = init.local_device, torch.zeros(sum(counts), device=init.local_device)
     with together(device):
@@ -244,10 +251,12 @@ def load_batch(
         for module, name, _ in slot: setattr(module, name, p)
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded049
-def find_tensors(
-    model:PreTrainedModel, tensors:Tensors, # from `skeleton`; the checkpoint
-    rank:int, ranks:int, device,
-) -> list:                                  # (slot, names in the checkpoint) of each parameter, in module order
+def find_tensors(model:PreTrainedModel, # from `skeleton`
+    tensors:Tensors, # the checkpoint
+    rank:int, # 0 … W-1
+    ranks:int, # W
+    device, # of the buffers
+    )->list: # (slot, names in the checkpoint) of each parameter, in module order
     "Pair parameters with tensors, and fill the buffers."
     found, places = [], slots(model)
     for slot, keys in zip(places, match_names(model, places, tensors)):
@@ -261,10 +270,11 @@ def find_tensors(
     return found
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded050
-def count_scales(
-    slot:list, keys:list[str], tensors:Tensors, # one tensor, as in `find_tensors`
-) -> int:                                       # N/64; 0 for plain tensors, and where scales were saved
-    "How many scales quantizing a tensor makes."
+def count_scales(slot:list, # [(module, attribute, …)] of one tensor
+    keys:list[str], # its names in the checkpoint
+    tensors:Tensors, # the checkpoint
+    )->int: # N/64; 0 for plain tensors, and where scales were saved
+    "Count the scales that quantizing a tensor makes."
     packed = is_packed(*slot[0][:2]) and f"{keys[0]}.absmax" not in tensors
     return -(-getattr(*slot[0][:2]).numel()//64) if packed else 0
 
@@ -277,7 +287,7 @@ def load_sharded(
     double_quant:bool=True,          # quantize the block scales too
     quant_storage:str="uint8",       # dtype under which packed bytes are kept: uint8, or the model's
     dtype:torch.dtype=torch.float32, # of computation and of all that is not packed
-) -> PreTrainedModel:                # under ZeRO-3, in eval mode; `bytes_read` says what this rank asked the files for
+) -> PreTrainedModel:                # under ZeRO-3, in eval mode; `bytes_read`: by this rank
     "`load_model` on ranks that have joined: each holds its share, and none ever more."
     init = zero_init(zero_config, dtype)
     with together(init.local_device):
@@ -294,10 +304,9 @@ def load_sharded(
     return finish_model(model, Path(folder))
 
 # %% ../../nbs/model/05_sharded.ipynb #04bsharded054
-def cast_trained(
-    model:nn.Module,   # from `load_sharded`, with LoRA
+def cast_trained(model:nn.Module, # from `load_sharded`, with LoRA
     dtype:torch.dtype, # of the engine
-):
-    "Give the parameters to be trained the engine's dtype, as the engine does with models that come whole."
+    ):
+    "Give the parameters to be trained the engine's dtype, as the engine does with whole models."
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.to(dtype)
