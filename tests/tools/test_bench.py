@@ -155,11 +155,12 @@ def test_loading_is_timed_for_both(ran):
 
 def test_trainer_settings_say_what_a_step_is():
     job = dict(task="rows", who="trl", B=4, T=2048, warm=3, steps=8)
-    packed, tokens = contestants.sft_settings(job, "out"), contestants.sft_settings(job | dict(task="tokens"), "out")
+    own = dict(gradient_checkpointing=True)
+    packed, tokens = contestants.sft_settings(job, "out", own), contestants.sft_settings(job | dict(task="tokens"), "out", own)
     assert packed["packing"] and (packed["per_device_train_batch_size"], packed["gradient_accumulation_steps"]) == (1, 4)
     assert not tokens["packing"] and tokens["per_device_train_batch_size"] == 4 and "gradient_accumulation_steps" not in tokens
     assert packed["max_steps"] == 11 and packed["max_length"] == 2048 and packed["gradient_checkpointing"]
-    assert not contestants.sft_settings(job | dict(who="unsloth"), "out")["gradient_checkpointing"]
+    assert not contestants.sft_settings(job, "out", dict(gradient_checkpointing=False))["gradient_checkpointing"]
 
 
 def test_a_loss_that_differs_is_pointed_out():
