@@ -126,7 +126,7 @@ READERS = [["evaluate", "hostile"], ["evaluate", "hostile/adapter"], ["inspect",
 @pytest.mark.parametrize("words", READERS, ids=lambda words: " ".join(words))
 def test_a_strangers_run_runs_nothing(hostile, words, tmp_path, monkeypatch, capsys):
     """Whatever function its config names, of Python, of the folder itself or of the project where one works: one line, exit code 2."""
-    from qlora_kit.tools import commands as module
+    from qlora_kit.tools import processes as module
 
     monkeypatch.setattr(module, "Popen", lambda *a, **k: pytest.fail("started"))
     for name in NAMES:
