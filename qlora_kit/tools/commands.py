@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Overrides', 'TrustHooks', 'ASSETS', 'GRAIN', 'EXIT_CODES', 'Onto', 'Base', 'kit_requirement', 'requirements',
-           'new_command', 'read_run_config', 'say_hooks', 'inspect_command', 'look_at', 'show_parts', 'recipe_names',
-           'recipe_file', 'plan_config', 'plan_shape', 'recipe_command', 'plan_table', 'plan_answer', 'plan_command',
-           'card_here', 'traffic_times', 'show_plan', 'spell_resume', 'train_command', 'quiet_libraries', 'report',
+           'new_command', 'read_run_config', 'say_hooks', 'quiet_libraries', 'inspect_command', 'look_at', 'show_parts',
+           'recipe_names', 'recipe_file', 'plan_config', 'plan_shape', 'recipe_command', 'plan_table', 'plan_answer',
+           'plan_command', 'card_here', 'traffic_times', 'show_plan', 'spell_resume', 'train_command', 'report',
            'launch_cli', 'attend', 'generate_command', 'chat_command', 'typed_lines', 'held_out_rows', 'run_hook',
            'evaluate_command', 'merge_command', 'bench_command', 'run_app', 'end_process', 'main', 'train_script',
            'inference_script']
@@ -100,6 +100,19 @@ def say_hooks(hooks:dict, base:Path)->None: # "data.load_dataset" → its functi
         hook = find_hook(name, base, field)
         print(f"--trust-hooks: {field} runs {hook.function} of {_short(hook.file)}",
               file=sys.stderr)
+
+# %% ../../nbs/tools/07_commands.ipynb #17launch032
+def quiet_libraries(debug:bool=False)->None:
+    "Libraries speak when something is wrong; with `debug` they may chat."
+    import torch, transformers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not torch.cuda.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+        return
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch010
 @app.command("inspect")
@@ -375,19 +388,6 @@ def train_command(config: Annotated[Path, typer.Argument(help="The YAML config")
     return EXIT_CODES.get(result.status, 0)
 
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143} # 128 + the signal's number, as shells count
-
-# %% ../../nbs/tools/07_commands.ipynb #17launch032
-def quiet_libraries(debug:bool=False)->None:
-    "Libraries speak when something is wrong; with `debug` they may chat."
-    import torch, transformers
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if not torch.cuda.is_available(): os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if debug:
-        logging.basicConfig(level=logging.INFO)
-        return
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch034
 def report(result)->None: # from `train.train`
