@@ -68,8 +68,10 @@ class ModelConfig(Section):
 # %% ../../nbs/run/01_config.ipynb #14config015
 RECOMPUTE = ("auto", "dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 
-def check_recompute(value:str)->str: # the same
-    "A rung, `auto` or a size."
+def check_recompute(
+    value:str, # a level, auto, or a size such as 40GB
+)->str: # the same
+    "Check a level, `auto` or a size."
     if value not in RECOMPUTE and not re.fullmatch(r"\d+(\.\d+)?\s*[GMT](i?B)?", value):
         raise ValueError(f"allowed are {', '.join(RECOMPUTE)}, or a size such as 40GB")
     return value
@@ -91,7 +93,7 @@ class StepConfig(Section):
     loraplus_ratio: Number = Field(1.0, ge=1)                # learning rate of B over that of A (LoRA+)
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, gt=0)
-    recompute: Recompute = "auto"                            # a rung of the ladder, from dense to host; auto: the highest that fits; or memory to use: 40GB
+    recompute: Recompute = "auto"                            # a level, from dense to host; auto: the highest that fits; or memory to use: 40GB
     group_by_length: bool = False                            # steps of rows that are similarly long: fewer pads, less mixed steps
     neftune_alpha: Number = Field(0.0, ge=0)                 # noise on the embeddings while training; 5 is a start, 0 is none
 

@@ -38,18 +38,19 @@ from ..data.files import in_notebook
 GB = 2**30 # bytes; the kit's only unit of memory
 
 def resident_bytes() -> int: # bytes
-    "Memory that this process alone holds: `RssAnon` on Linux, plain RSS where the system does not tell them apart."
+    "Return the memory that this process alone holds: `RssAnon` on Linux, elsewhere plain RSS."
     try: found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M)
     except FileNotFoundError: found = None
     return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor013
 class PeakMemory:
-    "The largest `resident_bytes` seen by a thread that looks every `interval` seconds, or by a caller of `look`."
+    "The largest `resident_bytes` seen by a thread, or by a caller of `look`."
     def __init__(self,
         interval:float=0.05, # seconds between two looks
     ):
-        self.interval,self.peak,self.thread,self.lock = interval,0,None,threading.Lock()
+        self.interval, self.peak, self.thread = interval, 0, None
+        self.lock = threading.Lock()
 
     def look(self) -> int: # bytes now
         now = resident_bytes()
@@ -75,7 +76,7 @@ _host = PeakMemory()
 def memory_gb(
     device="cpu", # `torch.device` or its name
 ) -> tuple[float, float]: # now and peak, in 2**30 bytes
-    "CUDA: allocated and its maximum on that card. CPU: anonymous resident memory and its peak since the first call."
+    "Return what PyTorch allocated on a card, or on a CPU the memory that this process holds."
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)/GB, torch.cuda.max_memory_allocated(device)/GB
@@ -98,7 +99,7 @@ NONFINITE = {"NaN":math.nan, "Infinity":math.inf, "-Infinity":-math.inf}
 def plain_number(
     value, # Python, NumPy or one-element tensor value
 ): # what JSON can hold
-    "Unwrap a scalar; NaN and the infinities become the strings in `NONFINITE`, since JSON has no such numbers."
+    "Unwrap a scalar; numbers that JSON has not become the strings in `NONFINITE`."
     if hasattr(value, "item"): value = value.item()
     if not isinstance(value, float) or math.isfinite(value): return value
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -269,7 +270,8 @@ class Monitor:
         stream=None, # stderr by default
         also=None, # gets each record too: an object with `log(record)` and `close()`
     ):
-        self.folder,self.device,self.also,self.file,self.display,self.val_loss = Path(folder),device,also,None,None,None
+        self.folder, self.device, self.also = Path(folder), device, also
+        self.file = self.display = self.val_loss = None
         if rank == 0: self.file = MetricsFile(folder)
         if rank == 0 and not quiet:
             self.display = open_display(total_steps, self.file.step, stream=stream or sys.stderr,
@@ -304,8 +306,8 @@ Monitor.log, Monitor.close = _log, _close
 def series(
     records:list[dict], # metrics records
     field:str, # name of a field
-) -> tuple[np.ndarray, np.ndarray]: # steps [N] int64 and values [N] fp64, where the field was logged
-    "One field against the steps at which it was logged."
+) -> tuple[np.ndarray, np.ndarray]: # steps [N] int64 and values [N] fp64
+    "Return one field against the steps at which it was logged."
     pairs = [(r["step"], r[field]) for r in records if r.get(field) is not None]
     return np.array([p[0] for p in pairs], int), np.array([p[1] for p in pairs], float)
 
@@ -378,8 +380,7 @@ def plot_curves(
     records = read_metrics(folder)
     if not records:
         raise UserError(f"{Path(folder)/'metrics.jsonl'}: received no complete line, needed is one "
-                        "logged step or more; "
-                        "give the folder of a run that has begun")
+                        "logged step or more; give the folder of a run that has begun")
     picture = Picture(figsize=(10, 6), dpi=100, layout="constrained")
     loss,lr,norm,resources = picture.subplots(2, 2).ravel()
     draw_loss(loss, records)
@@ -387,8 +388,9 @@ def plot_curves(
     lr.ticklabel_format(axis="y", scilimits=(-2, 3))
     draw_series(norm, records, field="grad_norm", color="C0")
     draw_resources(resources, records)
-    titles = "loss, nats per target token", "learning rate", "gradient norm before clipping", "memory and speed"
-    for ax,title in zip((loss, lr, norm, resources), titles):
+    titles = {"loss, nats per target token": loss, "learning rate": lr,
+              "gradient norm before clipping": norm, "memory and speed": resources}
+    for title, ax in titles.items():
         ax.set(title=title, xlabel="step")
         ax.xaxis.get_major_locator().set_params(integer=True)
     write_atomic(Path(folder)/"curves.png", picture._repr_png_())

@@ -34,7 +34,7 @@ def check_tracker(
 def scalar_fields(
     record:dict, # from `Monitor.log`
 ) -> dict[str, float]: # name -> number; without the step
-    "What a tracker can draw."
+    "Select what a tracker can draw."
     return {k:v for k,v in record.items() if k != "step" and isinstance(v, (int, float))}
 
 # %% ../../nbs/run/03_trackers.ipynb #10btrackers013
@@ -77,9 +77,9 @@ class Trackio:
 def wandb_id(
     run, # run folder
 ) -> str|None: # None: this run has not been reported yet
-    "The id that wandb gave to an earlier part of this run."
-    return next((p.stem.removeprefix("run-")
-                 for p in (Path(run)/"wandb").glob("*run-*/run-*.wandb")), None)
+    "Find the id that wandb gave to an earlier part of this run."
+    found = (Path(run)/"wandb").glob("*run-*/run-*.wandb")
+    return next((p.stem.removeprefix("run-") for p in found), None)
 
 # %% ../../nbs/run/03_trackers.ipynb #10btrackers018
 class Wandb:
@@ -90,8 +90,8 @@ class Wandb:
         step:int=0, # not used: wandb is told the step with each record
     ):
         import wandb
-        mode, project = os.environ.get("WANDB_MODE", "offline"), os.environ.get("WANDB_PROJECT",
-            "qlora_kit")
+        mode = os.environ.get("WANDB_MODE", "offline")
+        project = os.environ.get("WANDB_PROJECT", "qlora_kit")
         self.run = wandb.init(project=project, name=Path(run).name, dir=str(run), id=wandb_id(run),
                               resume="allow", config=config, mode=mode,
                               settings=wandb.Settings(console="off", silent=mode == "offline"))
@@ -101,7 +101,9 @@ class Wandb:
     def close(self): self.run.finish()
 
 # %% ../../nbs/run/03_trackers.ipynb #10btrackers023
-def to_stderr(text:str):
+def to_stderr(
+    text:str, # one line
+):
     "Print a line without breaking a progress bar."
     tqdm.write(text, file=sys.stderr)
 

@@ -62,31 +62,36 @@ def answer_both(
             model.train(training)
 
 # %% ../../nbs/use/03_chat.ipynb #12bchat021
-_CELL = 'style="text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;padding:4px 10px;border:1px solid rgba(128,128,128,.5)"'
+_CELL = ("text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;"
+         "padding:4px 10px;border:1px solid rgba(128,128,128,.5)")
+_TABLE = "width:100%;table-layout:fixed;border-collapse:collapse;line-height:1.45"
 
 def two_columns(
     rows:list[tuple], # (question, answer of the base, answer of the adapter)
 )->str: # HTML
-    "A table of questions and answers, all of them escaped."
-    line = lambda cells, tag: "<tr>" + "".join(f'<{tag} dir="auto" {_CELL}>{escape(x)}</{tag}>'
-                                               for x in cells) + "</tr>"
+    "Show questions and answers as a table, all of them escaped."
+    def line(cells, tag):
+        inside = "".join(f'<{tag} dir="auto" style="{_CELL}">{escape(x)}</{tag}>' for x in cells)
+        return f"<tr>{inside}</tr>"
     widths = "".join(f'<col style="width:{w}%">' for w in (24, 38, 38))
-    return (f'<table style="width:100%;table-layout:fixed;border-collapse:collapse;line-height:1.45"><colgroup>{widths}</colgroup>'
-            f'<thead>{line(("question", "base", "adapter"), "th")}</thead><tbody>{"".join(line(row, "td") for row in rows)}</tbody></table>')
+    head = line(("question", "base", "adapter"), "th")
+    body = "".join(line(row, "td") for row in rows)
+    return (f'<table style="{_TABLE}"><colgroup>{widths}</colgroup>'
+            f'<thead>{head}</thead><tbody>{body}</tbody></table>')
 
 # %% ../../nbs/use/03_chat.ipynb #12bchat022
 @dataclass(repr=False)
 class SideBySide:
-    "Answers with and without an adapter; a notebook shows it as a widget, and without ipywidgets as a table."
+    "Answers with and without an adapter, shown as a widget, or without ipywidgets as a table."
     model:PeftModel # with an adapter
     tokenizer:object # with a chat template
     system:str|None = None # system prompt
-    rows:list = field(default_factory=list) # (question, answer of the base, answer of the adapter), oldest first
+    rows:list = field(default_factory=list) # (question, base's answer, adapter's), oldest first
 
     def ask(self, question:str, **sampling)->Iterator[dict]: # as `answer_both`
         "Answer a question twice, and keep both when they are complete."
-        messages = [dict(role="system", content=self.system)]*(self.system is not None) + [dict(role="user", content=question)]
-        said = None
+        messages = [] if self.system is None else [dict(role="system", content=self.system)]
+        messages, said = [*messages, dict(role="user", content=question)], None
         for said in answer_both(self.model, self.tokenizer, messages=messages, **sampling):
             yield said
         if said: self.rows.append((question, said["base"], said["adapter"]))
@@ -154,10 +159,10 @@ def talk(
     lines:Iterable[str], # what the person says; "/reset" forgets, "/exit" ends
     write:Callable, # called with each piece of an answer, and with a newline after it
     system:str|None=None, # system prompt
-    forgive:Callable|None=None, # called with a `UserError` of a turn, which is then forgotten; None: it ends the talk
+    forgive:Callable|None=None, # takes the `UserError` of a turn to forget; None: it ends the talk
     **sampling, # for `stream`
 )->list[dict]: # the conversation since the last reset
-    "Answer line by line, each with what was said before. Ctrl-C ends the answer, and keeps what it has said."
+    "Answer line by line, each with what was said before. Ctrl-C ends an answer, and keeps it."
     messages = start = [dict(role="system", content=system)]*(system is not None)
     for line in map(str.strip, lines):
         if line == "/exit": break

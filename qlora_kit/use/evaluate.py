@@ -29,11 +29,11 @@ from ..data.files import progress
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate013
 @torch.no_grad()
 def evaluate_loss(
-    forward:Callable, # batch -> summed loss of its targets; the caller puts the model into eval mode
-    batches:Iterable[dict], # padded or packed batches, labels [B,T] with -100 where nothing is scored
+    forward:Callable, # batch -> summed loss of its targets, by a model in eval mode
+    batches:Iterable[dict], # padded or packed, labels [B,T] with -100 where nothing is scored
     total:Callable|None=None, # adds a number up over all ranks, as an engine's `total`; None with one process
-) -> tuple[float,int]: # mean loss per target in nats, each with the weight of its row; number of targets
-    "Loss summed over all batches, divided by all their targets. `UserError` if there are none."
+) -> tuple[float,int]: # mean loss per target in nats, weighted by row; number of targets
+    "Divide the loss of all batches by all their targets. `UserError` if there are none."
     loss, targets, weight = 0.0, 0, 0
     for batch in batches:
         loss += float(forward(batch))
@@ -84,7 +84,7 @@ def exact_match(
     answer:str, # what the model said
     reference:str, # what it should have said
 ) -> bool:
-    "Both JSON: equal data, whatever the order of keys and the spaces. Otherwise: equal text, blanks at its ends aside."
+    "Compare JSON as data, whatever its order of keys, and other text without blanks at its ends."
     (answer_is_json, a), (reference_is_json, b) = parse_json(answer), parse_json(reference)
     if answer_is_json and reference_is_json: return _same(a, b)
     return answer.strip() == reference.strip()
@@ -122,8 +122,8 @@ def field_scores(
     answers:list[str], # N answers
     references:list[str], # N references
     groups:list[str]|None=None, # N names of groups, as the language of each row
-) -> pd.DataFrame: # a line per JSON field, a column per group and one for all, each the share right, 0 to 1; `rows` counts
-    "Where the errors are: by field and by group. `UserError` unless N > 0 and all lists have it."
+) -> pd.DataFrame: # a line per JSON field, a column per group and one for all: share right, 0 to 1
+    "Show errors by field and by group. `UserError` unless N > 0 and all lists have it."
     _same_length(answers=answers, references=references, groups=groups)
     groups = [""]*len(answers) if groups is None else groups
     flat = pd.DataFrame([dict(field=field, right=right, group=group)
@@ -143,15 +143,15 @@ def before_after_table(
     after:list[str], # N answers of the trained one
     references:list[str], # N references
 ) -> Table: # `rich.print` it, or let a notebook show it
-    "Answers before and after training beside what was expected: ✓ and green where they match, ✗ and red where they do not."
+    "Show answers before and after training beside the expected ones: ✓ where they match, else ✗."
     _same_length(prompts=prompts, before=before, after=after, references=references)
-    table = Table(*(Column(name, overflow="fold") for name in ("prompt", "expected", "before",
-        "after")), show_lines=True)
+    names = ("prompt", "expected", "before", "after")
+    table = Table(*(Column(name, overflow="fold") for name in names), show_lines=True)
     for prompt, reference, *answers in zip(prompts, references, before, after):
         marks = [exact_match(answer, reference) for answer in answers]
-        table.add_row(Text(prompt), Text(reference), *(Text(
-            f"{'✓' if right else '✗'} {answer.strip()}", style="green" if right else "red")
-                                                       for right, answer in zip(marks, answers)))
+        judged = [Text(f"{'✓' if right else '✗'} {answer.strip()}", style="green" if right else "red")
+                  for right, answer in zip(marks, answers)]
+        table.add_row(Text(prompt), Text(reference), *judged)
     return table
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate044
@@ -174,19 +174,22 @@ def rows_loss(
     batch_size:int, # rows of a batch
     quiet:bool=False, # no progress bar
 )->tuple[float,int]: # as `evaluate_loss`
-    "The loss of a model on examples, the longest first."
+    "Measure the loss of a model on examples, the longest first."
     loss_model, order = LossModel(model), sorted(examples, key=lambda e: -len(e.ids))
-    forward = lambda batch: loss_model(**{name: x.to(model.device) for name, x in batch.items()})
-    parts = progress([order[i:i + batch_size] for i in range(0, len(order), batch_size)],
-        "evaluating", quiet)
+    def forward(batch):
+        return loss_model(**{name: x.to(model.device) for name, x in batch.items()})
+    parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    parts = progress(parts, "evaluating", quiet)
     return evaluate_loss(forward, (pad(part, tokenizer.pad_token_id) for part in parts))
 
-def questions_of(conversations:list[Conversation])->list[Conversation]: # those whose last turn is an answer in words
-    "The rows that a model can be asked."
-    last = lambda c: c.messages[-1]
-    return [c for c in conversations if len(c.messages) > 1 and last(c)["role"] == "assistant"
-            and last(c).get(
-        "content") and not c.tools]
+def questions_of(
+    conversations:list[Conversation], # any rows
+)->list[Conversation]: # those whose last turn is an answer in words
+    "Select the rows that a model can be asked."
+    def answered(c):
+        last = c.messages[-1]
+        return last["role"] == "assistant" and last.get("content")
+    return [c for c in conversations if len(c.messages) > 1 and answered(c) and not c.tools]
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate046
 def evaluate(
@@ -214,6 +217,6 @@ def evaluate(
                 answers = generate(model, tokenizer, conversations=[c.messages[:-1] for c in asked],
                                    max_new_tokens=longest, batch_size=4*batch_size, quiet=quiet)
     finally: model.train(training)
+    score = score_answers(answers, references) if asked else None
     return Report(len(examples), targets, loss=loss, perplexity=perplexity(loss),
-                  questions=len(asked), exact_match=score_answers(answers, references) if asked
-                  else None, answers=answers)
+                  questions=len(asked), exact_match=score, answers=answers)
