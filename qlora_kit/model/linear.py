@@ -31,11 +31,11 @@ try: import triton, triton.language as tl
 except ImportError: triton = None # a machine without a card
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear014
-def unpack(
-    packed:Tensor, # n/2 bytes in any dtype
+def unpack(packed:Tensor, # n/2 bytes in any dtype
     state, # bitsandbytes' QuantState; its dtype is that of the result
-) -> Tensor: # of the state's shape
-    "Decode with bitsandbytes, as one long row: on a CPU with AVX-512 its 0.50 takes wrong scales where a row is no whole number of blocks."
+    )->Tensor: # of the state's shape
+    "Decode with bitsandbytes, as one long row."
+    # on a CPU with AVX-512 its 0.50 takes wrong scales where a row is no whole number of blocks
     row = copy(state)
     row.shape = torch.Size([state.shape.numel()])
     return dequantize_4bit(packed.view(-1, 1), row).view(state.shape)
@@ -65,21 +65,26 @@ def rows(
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear018
 def decode_kernel(
-    packed, code, absmax, # bytes of two weights each, 16 values, a scale for each block: fp32, or a code
-    code2, absmax2, offset, # with double quantization: 256 values, a scale for each 256 blocks, the mean
+    packed, code, absmax, # bytes of two weights, 16 values, a scale for each block: fp32, or a code
+    code2, absmax2, offset, # double quantization: 256 values, a scale for 256 blocks, the mean
     A, B, out, height, width, s, # [r, width], [height, r], the result [height, width]
-    r:"tl.constexpr", nested:"tl.constexpr", thin:"tl.constexpr", precision:"tl.constexpr", # rank, double quantization?, dtype of A and B in BA, of fp32 factors
+    r:"tl.constexpr", # rank
+    nested:"tl.constexpr", # double quantization?
+    thin:"tl.constexpr", # dtype of A and B in BA
+    precision:"tl.constexpr", # of fp32 factors
     ranks:"tl.constexpr", # taken at a time
 ):
     "Decode a block of 64 rows and add s·BA to it."
-    block, i, j = tl.program_id(0), tl.program_id(1)*64 + tl.arange(0, 64), tl.program_id(0)*64 + tl.arange(0, 64)
+    block = tl.program_id(0)
+    i = tl.program_id(1)*64 + tl.arange(0, 64)
+    j = tl.program_id(0)*64 + tl.arange(0, 64)
     row, place = (i < height)[:, None], i*(width//64) + block
     two = tl.load(packed + place[:, None]*32 + tl.arange(0, 32)[None, :], mask=row,
                   other=0).to(tl.int32)
     t = tl.load(absmax + place, mask=i < height, other=0)
     if nested:
-        t = tl.load(code2 + t.to(tl.int32))*tl.load(absmax2 + place//256, mask=i < height,
-                                                    other=0) + tl.load(offset)
+        coarse = tl.load(absmax2 + place//256, mask=i < height, other=0)
+        t = tl.load(code2 + t.to(tl.int32))*coarse + tl.load(offset)
     W = tl.interleave(tl.load(code + (two >> 4)), tl.load(code + (two & 15)))*t[:, None]
     for start in tl.static_range(0, r, ranks):
         k = start + tl.arange(0, ranks)
@@ -97,12 +102,14 @@ def decode(
     state, # bitsandbytes' QuantState, of blocks of 64 and rows of whole blocks
     dtype:torch.dtype, # of the result
     *,
-    A:Tensor|None=None, B:Tensor|None=None, s:float=0.0, # [r, D_in], [D_out, r], α/r
+    A:Tensor|None=None, # [r, D_in]
+    B:Tensor|None=None, # [D_out, r]
+    s:float=0.0, # α/r
 ) -> Tensor: # W, or W + s·BA, of the state's shape
     "Decode NF4 or FP4 in one kernel."
     height, width = state.shape
-    out, r = torch.empty((height, width), dtype=dtype,
-                         device=packed.device), 0 if A is None else len(A)
+    out = torch.empty((height, width), dtype=dtype, device=packed.device)
+    r = 0 if A is None else len(A)
     second, mean = (state.state2, state.offset) if state.nested else (state, state.absmax)
     a, b = (A.contiguous(), B.contiguous()) if r else (out, out)
     bytes_ = packed if packed.dtype == torch.uint8 else packed.view(-1).view(torch.uint8)
@@ -114,8 +121,7 @@ def decode(
 
 # dtype of A and B in BA, of fp32 factors
 FACTORS = {torch.bfloat16: (tl.bfloat16, "tf32"), torch.float16: (tl.float32, "tf32"),
-           torch.float32: (tl.float32,
-    "ieee")} if triton else {}
+           torch.float32: (tl.float32, "ieee")} if triton else {}
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear022
 @dataclass
@@ -137,19 +143,18 @@ def weight(
         A=A, B=B, s=part.scale)
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear026
-def scaled(
-    s:float,
-    a:Tensor, b:Tensor, # [m, k], [k, n]
-) -> Tensor: # [m, n]
-    "s·ab, in one kernel."
+def scaled(s:float, # factor
+    a:Tensor, # [m, k]
+    b:Tensor, # [k, n]
+    )->Tensor: # [m, n]
+    "Multiply s·ab, in one kernel."
     return torch.addmm(a.new_empty(1), a, b, beta=0, alpha=s)
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear028
-def stack(
-    tensors:list[Tensor], # [r_i, N]
-    dtype:torch.dtype,
-) -> Tensor: # [Σr_i, N]
-    "Thin matrices one below the other, cast once."
+def stack(tensors:list[Tensor], # [r_i, N]
+    dtype:torch.dtype, # of the result
+    )->Tensor: # [Σr_i, N]
+    "Put thin matrices one below the other, cast once."
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear029
@@ -167,11 +172,13 @@ def project(
     return P, mask
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear031
-def output(
-    X:Tensor, W:Tensor, bias:Tensor|None, # [M, D_in], [D_out, D_in], [D_out]
-    P:Tensor|None=None, B:Tensor|None=None, # [r, M], [D_out, r]; None unless the update is outside W
-) -> Tensor: # Y [M, D_out]
-    "One linear with its update, in one buffer."
+def output(X:Tensor, # [M, D_in]
+    W:Tensor, # [D_out, D_in]
+    bias:Tensor|None, # [D_out]
+    P:Tensor|None=None, # [r, M]; None unless the update is outside W
+    B:Tensor|None=None, # [D_out, r]
+    )->Tensor: # Y [M, D_out]
+    "Compute one linear with its update, in one buffer."
     bias = None if bias is None else bias.to(X.dtype)
     if P is None: return linear(X, W, bias)
     B = B.to(X.dtype)
@@ -179,34 +186,37 @@ def output(
     return start.addmm_(X, W.T)
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear033
-def bundles(
-    parts:list[LoraLinear], # a group
-) -> list[list[int]]: # positions in the group; linears without an update are in none
-    "Updates that are computed together: all of them, or with dropout each alone."
+def bundles(parts:list[LoraLinear], # a group
+    )->list[list[int]]: # positions in the group; linears without an update are in none
+    "Group updates that are computed together: all of them, or with dropout each alone."
     updated = [i for i, part in enumerate(parts) if part.r]
     if any(parts[i].dropout for i in updated): return [[i] for i in updated]
     return [updated] if updated else []
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear036
-def wide_product(
-    a:Tensor, b:Tensor, # [m, k], [k, n]
-    dtype:torch.dtype,  # of the result
-) -> Tensor: # [m, n]
-    "ab, rounded once."
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda and dtype != a.dtype else (a @ b).to(dtype)
+def wide_product(a:Tensor, # [m, k]
+    b:Tensor, # [k, n]
+    dtype:torch.dtype, # of the result
+    )->Tensor: # [m, n]
+    "Multiply ab, rounded once."
+    if a.is_cuda and dtype != a.dtype: return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear038
 def update_gradients(
-    X:Tensor,                 # [M, D_in]
-    G:list[Tensor],           # [M, D_out_i]
-    parts:list[LoraLinear],         # a bundle
+    X:Tensor, # [M, D_in]
+    G:list[Tensor], # [M, D_out_i]
+    parts:list[LoraLinear], # a bundle
     *,
-    B:list[Tensor],           # [D_out_i, r_i]
-    A:Tensor, P:Tensor, mask:Tensor|None, # [Σr_i, D_in], stacked, in the dtype of X; the other two from `project`
-    dtype:torch.dtype,        # of the masters
-    wanted:bool=True,         # does the input need a gradient?
-) -> tuple[Tensor|None,list[Tensor],list[Tensor]]: # dX [M, D_in] of an update outside W, dA_i [r_i, D_in], dB_i [D_out_i, r_i]
-    "Gradients of a bundle of updates."
+    B:list[Tensor], # [D_out_i, r_i]
+    A:Tensor, # [Σr_i, D_in], stacked, in the dtype of X
+    P:Tensor, # [Σr_i, M] from `project`
+    mask:Tensor|None, # of the dropout, from `project`
+    dtype:torch.dtype, # of the masters
+    wanted:bool=True, # does the input need a gradient?
+    # dX [M, D_in] of an update outside W, dA_i [r_i, D_in], dB_i [D_out_i, r_i]
+    )->tuple[Tensor|None,list[Tensor],list[Tensor]]:
+    "Compute the gradients of a bundle of updates."
     ranks, keep = [part.r for part in parts], 1/(1 - parts[0].dropout)
     through = lambda t: t if mask is None else torch.ops.aten.native_dropout_backward(t, mask, keep)
     U = stack([scaled(part.scale, b.T.to(X.dtype), g.T) for part, b, g in zip(parts, B, G)],
@@ -235,7 +245,7 @@ def remade(
 
 # %% ../../nbs/model/07_linear.ipynb #05blinear044
 class Keep(torch.autograd.Function):
-    "apply(x, trained, *tensors) -> x; the tensors wait on the context, as `x.grad_fn.saved_tensors`. There is one if x needs a gradient or `trained` does."
+    "apply(x, trained, *tensors) -> x; the context keeps the tensors, as `x.grad_fn.saved_tensors`."
     @staticmethod
     def forward(ctx, x, trained, *tensors):
         ctx.save_for_backward(*tensors)
@@ -290,18 +300,20 @@ def four_bit_linears(
     x:Tensor,         # [..., D_in]
     recipe,           # of x; None to keep x itself
     parts:list[LoraLinear], # linears that read x
-    A:list[Tensor|None], B:list[Tensor|None], # [r_i, D_in], [D_out_i, r_i]; None without update
+    A:list[Tensor|None], # [r_i, D_in]; None without update
+    B:list[Tensor|None], # [D_out_i, r_i]; None without update
 ) -> tuple[Tensor,...]: # [..., D_out_i]
     "Linears that read one input, with their updates."
-    inputs, trained = (x,) if recipe is None else recipe.inputs, next((a for a in A if a is not None), None)
+    inputs = (x,) if recipe is None else recipe.inputs
+    trained = next((a for a in A if a is not None), None)
     a, b = ([m if m is None else m.detach() for m in masters] for masters in (A, B))
     with torch.no_grad():
         P, masks = zip(*(project(rows(x), [part], m.to(x.dtype)) if part.dropout else (None, None)
                          for part, m in zip(parts, a)))
         W = [weight(part, x.dtype, *both) if getattr(part.layer, "dense", False) else None
              for part, *both in zip(parts, a, b)]
-    note = Note(len(inputs), recipe and recipe.function, wanted=x.requires_grad, dtype=None
-                if trained is None else trained.dtype)
+    dtype = None if trained is None else trained.dtype
+    note = Note(len(inputs), recipe and recipe.function, wanted=x.requires_grad, dtype=dtype)
     return FourBitLinears.apply(Keep.apply(x, trained, *inputs, *a, *b, *W, *P, *masks), note,
                                 parts, W, P, *A, *B)
 
@@ -328,8 +340,8 @@ def _linears(model):
 def shared_inputs(
     model:nn.Module, # its linears must have their own forwards
     run=two_tokens,  # run(model) visits the linears once
-) -> list[list[nn.Module]]: # linears that read one tensor, in the order of their calls; `[]` if the pass fails
-    "Find the groups."
+) -> list[list[nn.Module]]: # in the order of their calls; `[]` if the pass fails
+    "Find the groups of linears that read one tensor."
     seen, linears, modes = [], _linears(model), [(m, m.training) for m in model.modules()]
     def note(module, x, *args, **kwargs):
         seen.append((x, module))
@@ -422,12 +434,13 @@ def fits(
     module:nn.Module, # LoRA module or bare linear
     x:Tensor,         # [..., D_in]
 ) -> bool:            # False: its own forward has to run
-    "Whether the one function computes what the module's own forward would. Touches no weight: it may be elsewhere."
+    "Say whether the one function computes what the module's own forward would; touch no weight."
     layer, lora = _layer(module), isinstance(module, LoraLinear4bit)
-    dtype = layer.compute_dtype if layer.compute_type_is_set and layer.compute_dtype is not None else x.dtype
+    is_set = layer.compute_type_is_set and layer.compute_dtype is not None
+    dtype = layer.compute_dtype if is_set else x.dtype
     bias = layer._parameters.get("bias")
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or x.dtype != dtype or not x.numel():
-        return False
+    if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type): return False
+    if x.dtype != dtype or not x.numel(): return False
     if bias is not None and bias.requires_grad: return False
     if not lora: return True
     if module.disable_adapters or module.merged: return False
@@ -516,10 +529,11 @@ def bench_linears(
     D:int=4096, D_kv:int=1024, D_mlp:int=14336, # widths of the layer
     *,
     tokens:int=8192, # M
-    r:int=16, dropout:float=0.0,
+    r:int=16, # rank
+    dropout:float=0.0, # of the update's input
     device:str="cuda", # cuda computes in bf16, cpu in fp32
-    rounds:int=10,
-) -> dict: # median ms of both, their ratio (above 1: this page is faster), and on a card the peak in GB (2**30 bytes) above the weights
+    rounds:int=10, # timed, after two to warm up
+) -> dict: # median ms of both, their ratio (above 1: this page is faster), a card's peak GB above the weights
     "Time forward and backward of one layer's linears, `four_bit_linears` against PEFT."
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
     model = LayerLinears(D, D_kv, D_mlp, r, dropout, dtype, device).train()
@@ -527,11 +541,11 @@ def bench_linears(
     grads = [torch.randn(tokens, n, dtype=dtype, device=device) for n in (D, D_kv, D_kv)]
     seen = {"ours": [], "peft": []}
     for _ in range(rounds + 2): # the first two warm up
-        for name, switch in (("ours", partial(fast_linears, run=lambda model: model(x[:2]))), (
-            "peft", plain_linears)):
+        ours = partial(fast_linears, run=lambda model: model(x[:2]))
+        for name, switch in (("ours", ours), ("peft", plain_linears)):
             switch(model)
             seen[name].append(_timed(lambda: torch.autograd.backward(model(x), grads), model, x))
-    ours, peft = ([sorted(values)[len(values)//2] for values in zip(*seen[name][2:])] for name in (
-        "ours", "peft"))
+    ours, peft = ([sorted(values)[len(values)//2] for values in zip(*seen[name][2:])]
+                  for name in ("ours", "peft"))
     return dict(ours_ms=ours[0], peft_ms=peft[0], ratio=peft[0]/ours[0], ours_gb=ours[1],
                 peft_gb=peft[1])
