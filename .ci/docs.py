@@ -234,7 +234,8 @@ def generate():
     for name in ("CHANGELOG.md", "CONTRIBUTING.md", "README.zh.md"):
         (PROC / name).unlink(missing_ok=True)
     for name in ("CHANGELOG.md", "CONTRIBUTING.md"):
-        shutil.copy(ROOT / name, PROC / name)
+        text = (ROOT / name).read_text(encoding="utf-8").replace("](nbs/", "](")
+        (PROC / name).write_text(text, encoding="utf-8")
 
 
 CHAPTERS = {"Data": "数据", "Model": "模型", "Training": "训练", "Memory": "显存", "Use": "使用", "Run": "运行", "Tools": "工具"}
@@ -376,7 +377,7 @@ def carry_kit(page):
 def new_link(href, here, moved, modules):
     """Where a link of a page should lead, relative to that page."""
     up = "../" * here.count("/")
-    if found := re.match(r"/?(?:blob/main/)qlora_kit/([\w/]+)\.py(?:#L(\d+))?$", href):
+    if found := re.match(r"(?:\.\./)*/?blob/main/qlora_kit/([\w/]+)\.py(?:#L(\d+))?$", href):
         return f"{up}source/{found[1]}.html" + (f"#L-{found[2]}" if found[2] else "")
     if found := re.match(r"/([\w/]+)\.html(#.*)?$", href):
         return f"{up}{found[1]}.html{found[2] or ''}"

@@ -185,8 +185,28 @@ def test_the_notebook_for_colab_brings_the_kit_along(tmp_path):
     (tmp_path / "cells.py").write_text(code, encoding="utf-8")  # too long for a command line
     run("cells.py")
     assert run("-c", "import sys; sys.path.insert(0, 'here'); import qlora_kit; print(qlora_kit.__file__)").strip().startswith(str(tmp_path))
-    for name in ("train.py", "assets/scaffold/data/sample_data.json"):
-        assert (tmp_path / "here/qlora_kit" / name).read_bytes() == (ROOT / "qlora_kit" / name).read_bytes()
+    files = lambda kit: {f.relative_to(kit).as_posix(): f.read_bytes() for f in kit.rglob("*") if f.is_file() and "__pycache__" not in f.parts}
+    assert files(tmp_path / "here/qlora_kit") == files(ROOT / "qlora_kit")
+
+
+OLD = """data tokens batches inspector nf4 explorer loader sharded lora linear pointwise loss ladder memory planner zero engine monitor trackers checkpoint
+generate chat evaluate config interruptions train merge launch dashboard compare bench""".split()
+
+
+def test_addresses_from_before_the_chapters_lead_to_the_pages_now(browser):
+    """A link with the anchor of a name that has moved to another page follows it there."""
+    tab, at = browser.new_page(), {}
+    for old in OLD:
+        tab.goto((SITE / f"{old}.html").as_uri())
+        tab.wait_for_url(re.compile(r"/(data|model|training|memory|use|run|tools)/\w+\.html$"), timeout=5000)
+        at[old] = tab.url.rpartition(SITE.as_uri())[2]
+        assert tab.locator("#title-block-header, header h1, main h1").count(), at[old]
+    assert at["ladder"] == "/training/recompute.html" and at["data"] == "/data/rows.html"
+    for link, place in (("data.html#write_atomic", "/data/files.html#write_atomic"), ("loader.html#load_tokenizer", "/model/base.html#load_tokenizer"),
+                        ("memory.html#smallest_change", "/memory/budget.html#smallest_change")):
+        tab.goto(f"{SITE.as_uri()}/{link}")
+        tab.wait_for_url(re.compile(re.escape(place)), timeout=5000)
+    tab.close()
 
 
 def test_widgets_move_without_a_kernel_or_say_that_they_are_stills(browser):
