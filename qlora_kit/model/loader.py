@@ -69,7 +69,8 @@ def tensor_files(
 # %% ../../nbs/model/03_loader.ipynb #04loader019
 def read_flat(
     piece,         # of a file: `get_shape()`, and any slice of it by []
-    a:int, b:int,  # first number of the flattened tensor, and the one after the last
+    a:int,         # first number of the flattened tensor
+    b:int,         # the one after the last
     at:tuple=(),   # where on the leading axes: set by the function itself
 ) -> Tensor:       # [b-a], in the file's dtype
     "The numbers a…b of a flattened tensor; nothing else is read."
@@ -78,8 +79,9 @@ def read_flat(
     width = math.prod(shape[1:])
     first, last = -(-a//width), b//width # whole rows
     if first > last: return read_flat(piece, a - last*width, b=b - last*width, at=(*at, last))
-    parts = [read_flat(piece, a - first*width + width, b=width,
-                       at=(*at, first - 1))] if a < first*width else []
+    parts = []
+    if a < first*width:
+        parts = [read_flat(piece, a - first*width + width, b=width, at=(*at, first - 1))]
     if first < last or a == b: parts.append(piece[(*at, slice(first, last))].flatten())
     if last*width < b: parts.append(read_flat(piece, 0, b=b - last*width, at=(*at, last)))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -87,7 +89,8 @@ def read_flat(
 # %% ../../nbs/model/03_loader.ipynb #04loader023
 def read_turned(
     piece,         # [D_in, D_out] in a file
-    a:int, b:int,  # of the flattened transpose [D_out, D_in]
+    a:int,         # first number of the flattened transpose [D_out, D_in]
+    b:int,         # the one after the last
 ) -> Tensor:       # [b-a], in the file's dtype
     "The numbers a…b of a transposed matrix; reads whole columns of the file."
     height = piece.get_shape()[0]
@@ -96,7 +99,7 @@ def read_turned(
 
 # %% ../../nbs/model/03_loader.ipynb #04loader026
 class Tensors:
-    "The tensors of a checkpoint folder by name, read in parts, for a card onto it; `bytes` counts what was asked for."
+    "The tensors of a checkpoint by name, read in parts; `bytes` counts what was asked for."
     def __init__(self, folder:Path, device="cpu"):
         self.files, self.bytes, self.open, self.lock = tensor_files(folder), 0, {}, threading.Lock()
         self.lane = PinnedReader(device) if torch.device(device).type == "cuda" else None
@@ -133,7 +136,8 @@ class Piece:
 
 # %% ../../nbs/model/03_loader.ipynb #04loader030
 def runs(
-    a:int, b:int, # first number of a flattened tensor, and the one after the last; a between blocks
+    a:int,        # first number of a flattened tensor; it begins a block
+    b:int,        # the one after the last
     width:int,    # numbers in a row
     limit:int,    # numbers that a run should not exceed; at least 64
 ) -> list[tuple[int,int]]: # (first, after the last), covering a…b in order
@@ -154,15 +158,16 @@ def run_length(
 def pack_run(
     read,            # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Params4bit, # [D_out, D_in] on meta: shape, dtype of the model, quant_type
-    a:int, b:int,    # which weights: a between blocks; b too, or the end
+    a:int,           # first weight; it begins a block
+    b:int,           # the one after the last; it begins a block too, or is the end
     device,          # where to quantize and to keep the result
 ) -> tuple[Tensor, Tensor]: # [(b-a)/2] packed uint8, [(b-a)/64] fp32 block scales
     "Quantize a stretch of a matrix; equal to quantizing it whole and cutting the stretch out."
     packed = torch.empty((b - a + 1)//2, dtype=torch.uint8, device=device)
     absmax = torch.empty(-(-(b - a)//64), dtype=torch.float32, device=device)
     for x, y in runs(a, b, width=like.shape[1], limit=run_length(device)):
-        codes, largest = torch.ops.bitsandbytes.quantize_4bit(read(x, y).to(device).to(like.dtype),
-            64, like.quant_type, torch.uint8)
+        wide = read(x, y).to(device).to(like.dtype)
+        codes, largest = torch.ops.bitsandbytes.quantize_4bit(wide, 64, like.quant_type, torch.uint8)
         packed[(x - a)//2:][:codes.numel()] = codes.flatten()
         absmax[(x - a)//64:][:largest.numel()] = largest
     return packed, absmax
@@ -191,9 +196,10 @@ def scales(
     like:Params4bit, # shape, dtype, quant_type; compress_statistics: quantize the scales too
     offset:Tensor|None=None, # what to subtract first; None: the mean of `absmax`
 ) -> QuantState:     # what bitsandbytes keeps beside packed weights
-    "Block scales as bitsandbytes keeps them, doubly quantized on demand (QLoRA, arXiv 2305.14314, section 3)."
+    "Keep block scales as bitsandbytes does, in 8 bits on demand (arXiv 2305.14314, section 3)."
+    codebook = cached_codebook(like.quant_type, absmax.device)
     common = dict(shape=like.shape, dtype=like.dtype, blocksize=64, quant_type=like.quant_type,
-                  code=cached_codebook(like.quant_type, absmax.device).clone()) # transformers does not save what is shared
+                  code=codebook.clone()) # transformers does not save what is shared
     if not like.compress_statistics: return QuantState(absmax=absmax, **common)
     offset = absmax.mean() if offset is None else offset
     codes, state2 = quantize_blockwise(absmax - offset, blocksize=256)
@@ -203,7 +209,7 @@ def scales(
 def pack_matrix(
     read,            # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Params4bit, # [D_out, D_in] on meta, with quant_type, quant_storage, compress_statistics
-    device,
+    device,          # where to quantize and to keep the result
 ) -> tuple[Tensor, QuantState]: # [D_out·D_in/2/itemsize, 1] packed, and its scales
     "Quantize a matrix run by run."
     packed, absmax = pack_run(read, like, a=0, b=like.numel(), device=device)
@@ -224,13 +230,15 @@ def byte_places(
 def tensor_slice(
     shape:list[int], # of a tensor in a file
     index, # a slice, or a tuple of numbers and a slice
-) -> tuple[int,int,list[int]]|None: # first number, how many, and the shape of the part; None if it does not lie in one piece
-    "Where a part of a tensor lies."
+) -> tuple[int,int,list[int]]|None: # first number, count, shape; None if not in one piece
+    "Find where a part of a tensor is."
     *at, cut = index if isinstance(index, tuple) else (index,)
     if not isinstance(cut, slice) or any(isinstance(i, slice) for i in at): return None
-    place, (first, last, _), inner = 0, cut.indices(shape[len(at)]), shape[len(at) + 1:]
+    place, inner = 0, shape[len(at) + 1:]
+    first, last, _ = cut.indices(shape[len(at)])
     for i, size in zip(at, shape): place = place*size + i
-    return (place*shape[len(at)] + first)*math.prod(inner), (last - first)*math.prod(inner), [last - first, *inner]
+    width, count = math.prod(inner), last - first
+    return (place*shape[len(at)] + first)*width, count*width, [count, *inner]
 
 # %% ../../nbs/model/03_loader.ipynb #04loader051
 def read_into(
@@ -250,12 +258,13 @@ THREADS = 8 # that carry
 class PinnedReader:
     "Carries stretches of files to a card, for several threads at a time."
     def __init__(self, device, size:int=2**23, threads:int=THREADS): # bytes of a buffer
-        self.device, self.size, self.places, self.own = torch.empty(0, device=device).device, size, {}, threading.local()
+        self.device, self.size = torch.empty(0, device=device).device, size
+        self.places, self.own = {}, threading.local()
         self.pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device,
                                        initargs=(self.device,))
         for _ in range(threads): self.pool.submit(self.buffer) # pinning takes a while
 
-    def buffer(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event behind its last copy
+    def buffer(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event of its last copy
         "The thread's buffer whose turn it is."
         if not hasattr(self.own, "two"):
             pinned = [torch.empty(self.size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
@@ -263,7 +272,8 @@ class PinnedReader:
         self.own.two.reverse()
         return self.own.two[0]
 
-    def part(self, file:Path, name:str, dtype:torch.dtype, first:int, count:int, shape:list[int]) -> Tensor: # on the card
+    def part(self, file:Path, name:str, dtype:torch.dtype,
+             first:int, count:int, shape:list[int]) -> Tensor: # on the card
         "Numbers of a tensor, as `tensor_slice` names them."
         if file not in self.places: self.places[file] = byte_places(file)
         return self.carry(file, self.places[file][name] + first*dtype.itemsize,
@@ -271,7 +281,8 @@ class PinnedReader:
 
     def carry(self, file:Path, start:int, n:int) -> Tensor: # [n] uint8 on the card
         "Bytes of a file."
-        out, stream = torch.empty(n, dtype=torch.uint8, device=self.device), torch.cuda.current_stream(self.device)
+        out = torch.empty(n, dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device)
         with open(file, "rb", buffering=0) as f:
             f.seek(start)
             for part in out.split(self.size):
@@ -290,8 +301,7 @@ def read_config(
     try: return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"{folder}/config.json: transformers {transformers.__version__} cannot "
-                        "build a model from it "
-                        f"({str(e).strip().splitlines()[0]})") from None
+                        f"build a model from it ({str(e).strip().splitlines()[0]})") from None
 
 # %% ../../nbs/model/03_loader.ipynb #04loader058
 def saved_quantization(
@@ -302,7 +312,9 @@ def saved_quantization(
     if saved is None: return None
     saved = saved if isinstance(saved, dict) else saved.to_dict()
     if not saved.get("load_in_4bit"):
-        raise UserError(f"{folder}/config.json: the weights are already quantized ({getattr(saved.get('quant_method'), 'value', saved.get('quant_method'))}); "
+        method = saved.get("quant_method")
+        method = getattr(method, "value", method)
+        raise UserError(f"{folder}/config.json: the weights are already quantized ({method}); "
                         "allowed are fp32, fp16, bf16 and bitsandbytes 4-bit weights: use the "
                         "checkpoint that this one was made from")
     return BitsAndBytesConfig.from_dict(saved)
@@ -461,7 +473,7 @@ def reader(
 def make_tensor(
     module:nn.Module, name:str, # the slot
     tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
-    device,
+    device,                     # where to put it
 ) -> Tensor:                    # Params4bit, Parameter or buffer
     "Read, cast, and where the slot is 4-bit quantize, one tensor."
     like = getattr(module, name)
@@ -474,17 +486,24 @@ def make_tensor(
         return frozen(data, like, module.quant_state)
     value = copy_run(reader(module, name, tensors=tensors, key=key), like, a=0, b=like.numel(),
                      device=device).view(like.shape)
-    return nn.Parameter(value, value.is_floating_point()) if isinstance(like, nn.Parameter) else value
+    if not isinstance(like, nn.Parameter): return value
+    return nn.Parameter(value, value.is_floating_point())
 
-def frozen(data:Tensor, like:Params4bit, state:QuantState) -> Params4bit:
-    "Packed weights as bitsandbytes holds them."
+def frozen(
+    data:Tensor,      # [N/2/itemsize, 1] packed weights
+    like:Params4bit,  # the slot
+    state:QuantState, # the scales
+) -> Params4bit:
+    "Hold packed weights as bitsandbytes does."
     return Params4bit(data, **like.__dict__ | {"quant_state": state, "bnb_quantized": True})
 
 # %% ../../nbs/model/03_loader.ipynb #04loader080
 def copy_run(
     read,        # read(a, b) -> Tensor [b-a] in the file's dtype
     like:Tensor, # on meta: shape, dtype
-    a:int, b:int, device, # which numbers; where to put them
+    a:int,       # first number
+    b:int,       # the one after the last
+    device,      # where to put them
 ) -> Tensor:     # [b-a] in memory of its own, independent of the file
     "Read a stretch of a plain tensor run by run, casting on the way."
     value = torch.empty(b - a, dtype=like.dtype, device=device)
@@ -495,7 +514,8 @@ def copy_run(
 # %% ../../nbs/model/03_loader.ipynb #04loader082
 def read_packed(
     piece,        # [n, 1] of a file: packed weights under some dtype
-    a:int, b:int, # bytes
+    a:int,        # first byte
+    b:int,        # the one after the last
 ) -> Tensor:      # [b-a] uint8
     "The bytes a…b of a packed matrix."
     size = piece[:1].itemsize
@@ -506,10 +526,10 @@ def read_packed(
 def saved_scales(
     tensors:Tensors, key:str, # the checkpoint, and the packed matrix's name in it
     like:Params4bit, device,  # its shape; where the scales go
-) -> QuantState:              # `UserError` if bitsandbytes cannot read them, or they belong to another shape
+) -> QuantState:              # `UserError` if they are damaged, or of another shape
     "The scales that a checkpoint keeps beside a packed matrix."
-    parts = {k.removeprefix(f"{key}."): tensors.whole(k).clone() for k in tensors if k.startswith(
-        f"{key}.")}
+    parts = {k.removeprefix(f"{key}."): tensors.whole(k).clone() for k in tensors
+             if k.startswith(f"{key}.")}
     try: state = QuantState.from_dict(parts, device=device)
     except (ValueError, KeyError, AssertionError) as e:
         raise UserError(f"checkpoint: the scales of {key} are none that bitsandbytes can read "
@@ -523,19 +543,26 @@ def saved_scales(
 
 # %% ../../nbs/model/03_loader.ipynb #04loader085
 def saved_pack(
-    tensors:Tensors, key:str, like:Params4bit, device, # as for `saved_scales`
-) -> tuple[Tensor, QuantState]:                        # what `pack_matrix` returns
-    "A matrix that was packed before."
-    state, like_bytes = saved_scales(tensors, key, like=like, device=device), torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta")
+    tensors:Tensors,            # the checkpoint
+    key:str,                    # the packed matrix's name in it
+    like:Params4bit,            # its shape
+    device,                     # where both results go
+) -> tuple[Tensor, QuantState]: # packed weights and their scales
+    "Read a matrix that was packed before."
+    state = saved_scales(tensors, key, like=like, device=device)
+    like_bytes = torch.empty((like.numel() + 1)//2, dtype=torch.uint8, device="meta")
     packed = copy_run(partial(read_packed, tensors[key]), like_bytes, a=0, b=len(like_bytes),
                       device=device)
     return stored(packed, like).unsqueeze(1), state
 
 # %% ../../nbs/model/03_loader.ipynb #04loader089
 def quantization_config(
-    quant_type:str, double_quant:bool, quant_storage:str, dtype:torch.dtype, # as for `load_model`
-) -> BitsAndBytesConfig|None:                                                # None for quant_type none
-    "The choices in the form that transformers and PEFT read."
+    quant_type:str,           # nf4, fp4, or none for plain weights
+    double_quant:bool,        # scales in 8 bits?
+    quant_storage:str,        # dtype under which packed bytes are kept
+    dtype:torch.dtype,        # of computation
+) -> BitsAndBytesConfig|None: # None for quant_type none
+    "Write the choices in the form that transformers and PEFT read."
     for name, value, allowed in (("quant_type", quant_type, ("nf4", "fp4", "none")),
                                  ("quant_storage", quant_storage, ("uint8", "bfloat16", "float16",
                                      "float32")),
@@ -551,17 +578,18 @@ def quantization_config(
 def load_model(
     folder:str|Path,                 # from `resolve_base`
     quant_type:str="nf4",            # nf4, fp4, or none for plain weights
-    double_quant:bool=True,          # quantize the block scales too: 4.127 bits a weight instead of 4.5
-    quant_storage:str="uint8",       # dtype under which packed bytes are kept: uint8, bfloat16, float16, float32
+    double_quant:bool=True,          # scales in 8 bits too: 4.127 bits a weight instead of 4.5
+    quant_storage:str="uint8",       # dtype of packed bytes: uint8, bfloat16, float16, float32
     dtype:torch.dtype=torch.float32, # of computation and of all that is not packed
     device:str="cpu",                # where to quantize and keep the model
     quiet:bool=False,                # no progress bar
-) -> PreTrainedModel:                # in eval mode; PEFT sees a model that transformers loaded in 4 bits
+) -> PreTrainedModel:                # in eval mode; to PEFT, one that transformers loaded
     "A causal language model with 4-bit linears, never holding more than itself and a few rows."
-    folder, quantization = Path(folder), quantization_config(quant_type, double_quant,
-        quant_storage=quant_storage, dtype=dtype)
-    tensors, model = Tensors(folder, device), skeleton(folder, quantization, dtype=dtype,
-                                                       device=device)
+    folder = Path(folder)
+    quantization = quantization_config(quant_type, double_quant, quant_storage=quant_storage,
+                                       dtype=dtype)
+    tensors = Tensors(folder, device)
+    model = skeleton(folder, quantization, dtype=dtype, device=device)
     places = slots(model)
     try: found = match_names(model, places, tensors)
     except Unstreamable as e:
@@ -584,8 +612,9 @@ def load_model(
 # %% ../../nbs/model/03_loader.ipynb #04loader094
 def check_tied(
     keys:list[str],          # names of one tied tensor that are all in the checkpoint
-    tensors:Tensors,
-    a:int=0, b:int|None=None, # which numbers of it to compare; None: to the last
+    tensors:Tensors,         # the checkpoint
+    a:int=0,                 # first number to compare
+    b:int|None=None,         # the one after the last; None: all the rest
 ):
     "A checkpoint may hold a tied tensor twice, but not two different ones."
     if len(keys) == 1: return
@@ -645,15 +674,18 @@ def whole_notice(
 ) -> str:                  # one line
     "What it costs that a model cannot be streamed."
     stacks, N = (sum(p.numel() for p in empty.parameters() if p.dim() > d) for d in (2, 0))
-    wide = f", and {stacks/N:.0%} of its weights are stacks of matrices that stay in {str(empty.dtype).removeprefix('torch.')}"
-    return f"{reason}; transformers loads the model whole, which takes more memory meanwhile" + (wide if stacks and hasattr(empty,
-        "hf_quantizer") else "")
+    said = f"{reason}; transformers loads the model whole, which takes more memory meanwhile"
+    if not stacks or not hasattr(empty, "hf_quantizer"): return said
+    return said + (f", and {stacks/N:.0%} of its weights are stacks of matrices that stay in "
+                   f"{str(empty.dtype).removeprefix('torch.')}")
 
 # %% ../../nbs/model/03_loader.ipynb #04loader156
 def load_whole(
-    folder:Path, empty:PreTrainedModel, # its checkpoint, and the `skeleton` of that
-    dtype:torch.dtype, device,          # as for `load_model`
-) -> PreTrainedModel:                   # as from `load_model`; `UserError` if anything is missing, left over or of another shape
+    folder:Path,           # a checkpoint
+    empty:PreTrainedModel, # its `skeleton`
+    dtype:torch.dtype,     # of computation and of all that is not packed
+    device,                # where to keep the model
+) -> PreTrainedModel:      # in eval mode; `UserError` if tensors do not fit
     "Leave loading and quantizing to transformers."
     quantization = getattr(getattr(empty, "hf_quantizer", None), "quantization_config", None)
     # refused below
@@ -671,6 +703,5 @@ def load_whole(
     odd = {name for name, p in model.named_parameters()
            if getattr(p, "quant_state", p).shape != shapes[name]}
     complain(sorted(info["missing_keys"] | odd | {name for name, *_ in info["mismatched_keys"]}),
-             sorted(info[
-        "unexpected_keys"]))
+             sorted(info["unexpected_keys"]))
     return finish_model(model, folder)

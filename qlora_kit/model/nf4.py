@@ -17,10 +17,10 @@ from ..data.files import UserError
 
 # %% ../../nbs/model/01_nf4.ipynb #03nf4015
 def nf4_codebook()->Tensor: # [16] fp32, ascending from -1 to 1, with an exact 0 at index 7
-    "The sixteen levels of NF4: quantiles of the normal distribution, scaled to -1..1 (QLoRA, arXiv 2305.14314, section 3)"
+    "Return the sixteen levels of NF4: normal quantiles (QLoRA, arXiv 2305.14314, section 3)."
     def half(n):
-        return torch.special.ndtri(torch.linspace(0.9677083, 0.5, n + 1,
-                                                  dtype=torch.float32)[:-1].double()).float()
+        p = torch.linspace(0.9677083, 0.5, n + 1, dtype=torch.float32)[:-1]
+        return torch.special.ndtri(p.double()).float()
     levels = torch.cat([-half(7), torch.zeros(1), half(8).flip(0)])
     return levels / levels.max()
 
@@ -73,7 +73,7 @@ def scale_blocks(
     x:Tensor, # [N] fp32
     block_size:int, # values that share a scale
 )->tuple[Tensor, Tensor]: # scaled [N] in -1..1, absmax [ceil(N/block_size)]
-    "Scale each block to -1..1 with the roundings of bitsandbytes: full blocks multiply by 1/absmax, a short last one divides"
+    "Scale each block to -1..1 as bitsandbytes rounds: full blocks multiply, a short last one divides."
     n, full = x.numel(), x.numel() // block_size
     absmax = block_absmax(x, block_size)
     absmax[full:] = absmax[full:].clamp(min=1e-38)
@@ -105,9 +105,8 @@ def check_finite(
     if absmax.isfinite().all(): return
     bad = (~x.isfinite()).nonzero().flatten()
     raise UserError(f"value {bad[0].item()} of {x.numel()} is {x[bad[0]].item()} ({len(bad)} "
-                    "such); allowed are finite values, "
-                     "because the largest of a block scales the others. The file may be damaged; "
-                     "to drop them: x.nan_to_num(0, 0, 0).")
+                    "such); allowed are finite values, because the largest of a block scales the "
+                    "others. The file may be damaged; to drop them: x.nan_to_num(0, 0, 0).")
 
 # %% ../../nbs/model/01_nf4.ipynb #03nf4051
 def quantize(
@@ -164,15 +163,15 @@ def double_quantize(
     absmax:Tensor, # [M] fp32, the scales of an NF4 tensor
     block_size:int=256, # scales that share a scale
 )->Scales8:
-    "Quantize the scales themselves to 8 bits, less their mean (QLoRA, arXiv 2305.14314, section 3, double quantization)"
+    "Quantize the scales themselves to 8 bits, less their mean (QLoRA, arXiv 2305.14314, section 3)."
     check_input(absmax, block_size)
     offset = absmax.mean()
     centred = absmax - offset
     absmax2 = block_absmax(centred, block_size)
     check_finite(absmax, absmax2)
     scaled = (centred * spread_blocks(1 / absmax2, block_size, len(centred))).nan_to_num(0)
-    codes = dynamic_codes(scaled).masked_fill(spread_blocks(absmax2 == 0, block_size, len(centred)), 0)
-    return Scales8(codes, absmax2, offset)
+    empty = spread_blocks(absmax2 == 0, block_size, len(centred))
+    return Scales8(dynamic_codes(scaled).masked_fill(empty, 0), absmax2, offset)
 
 # %% ../../nbs/model/01_nf4.ipynb #03nf4074
 def undo_double_quantize(
