@@ -51,11 +51,12 @@ class Update:
 def read_adapter(
     folder:Path, # adapter_config.json and adapter_model.safetensors
 )->dict[str,Update]: # full name of a linear -> its update; `UserError` for an adapter that is damaged or cannot be merged
-    "The updates that an adapter holds."
+    "Read the updates that an adapter holds."
     adapter = mergeable(folder)
     config = adapter.config
     def scale(name):
-        r, alpha = pattern_value(config.rank_pattern, name, config.r), pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        r = pattern_value(config.rank_pattern, name, config.r)
+        alpha = pattern_value(config.alpha_pattern, name, config.lora_alpha)
         return alpha/(r**0.5 if config.use_rslora else r)
     wide = {name: {kind: t.float() for kind, t in parts.items()}
             for name, parts in adapter.updates.items()}
@@ -198,7 +199,7 @@ def write_settings(
     dtype:str, # of the weights
     folder:Path, # receives config, generation settings, tokenizer and chat template
 )->None:
-    "Everything of a model folder but the weights."
+    "Write everything of a model folder but the weights."
     own = trained.adapter if (trained.adapter/"tokenizer_config.json").is_file() else trained.base
     tokenizer = ensure_template(load_tokenizer(own))
     tokenizer.save_pretrained(folder)
@@ -215,11 +216,10 @@ def write_settings(
 def base_model(
     trained:Trained, # where the base is, and its form
 )->nn.Module: # `skeleton`
-    "The base to add to, without its weights."
-    return skeleton(trained.base,
-                    quantization_config(trained.quant_type, trained.double_quant,
-                                        quant_storage="uint8", dtype=trained.dtype),
-                                        dtype=trained.dtype, device="cpu")
+    "Make the base to add to, without its weights."
+    form = quantization_config(trained.quant_type, trained.double_quant, quant_storage="uint8",
+                               dtype=trained.dtype)
+    return skeleton(trained.base, form, dtype=trained.dtype, device="cpu")
 
 # %% ../../nbs/use/05_merge.ipynb #16merge043
 @contextmanager
