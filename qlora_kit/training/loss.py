@@ -28,6 +28,7 @@ def sum_in_chunks(
     hidden:Tensor, # [N,D] hidden states, one for each target
     labels:Tensor, # [N] token ids; -100 counts nothing
     weights:Tensor|None=None, # [N] what each target counts; None: 1
+    *,
     chunk:int=1024, # targets whose logits exist at one time
     softcap:float|None=None, # Gemma 2: logits are squeezed into ±softcap
 )->Tensor: # scalar, fp32 (fp64 for an fp64 model), in nats
@@ -58,11 +59,11 @@ def call_once(
 # %% ../../nbs/training/01_loss.ipynb #06loss030
 @compiled
 def softmax_(
-    logits:Tensor, # [n,V]; overwritten with probabilities, times weight and slope: the gradient but for the labels' entries
+    logits:Tensor, # [n,V]; overwritten with the gradient but for the labels' entries
     at:Tensor, # [n,1] token ids
     weights:Tensor|None, # [n,1] what each target counts; None: 1
     softcap:float|None, # Gemma 2: logits are squeezed into ±softcap
-)->tuple[Tensor,Tensor]: # summed cross-entropy in nats, fp32 (fp64 for fp64 logits); the labels' entries [n,1]
+)->tuple[Tensor,Tensor]: # summed cross-entropy in nats, fp32 or fp64; the labels' entries [n,1]
     "Cross-entropy and its gradient, in place."
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if softcap:
@@ -87,9 +88,10 @@ def gradient_in_chunks(
     hidden:Tensor, # [N,D] hidden states, one for each target
     labels:Tensor, # [N] token ids
     weights:Tensor|None=None, # [N] what each target counts; None: 1
+    *,
     chunk:int=1024, # targets whose logits exist at one time
     softcap:float|None=None, # Gemma 2: logits are squeezed into ±softcap
-)->tuple[Tensor,Tensor]: # scalar as from `sum_in_chunks`, and its gradient [N,D] in the hidden states
+)->tuple[Tensor,Tensor]: # summed loss in nats, and its gradient [N,D] in the hidden states
     "Summed cross-entropy and its gradient, at once."
     gradient, at = torch.empty_like(hidden), labels[:, None]
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
@@ -117,10 +119,10 @@ class KnownGradient(torch.autograd.Function):
 def gives_gradient(
     head:Callable, # [n,D] -> [n,V]
     hidden:Tensor, # [N,D]
-)->bool:
-    "Whether the gradient of the hidden states can be computed with the loss."
-    frozen = type(head) is nn.Linear and "forward" not in vars(head) and not any(p.requires_grad
-        for p in head.parameters())
+)->bool: # False: logits are computed again in the backward pass
+    "Say whether the gradient of the hidden states can be computed with the loss."
+    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    frozen = plain and not any(p.requires_grad for p in head.parameters())
     return frozen and torch.is_grad_enabled() and hidden.requires_grad and not autocasts(hidden)
 
 # %% ../../nbs/training/01_loss.ipynb #06loss037
@@ -129,12 +131,13 @@ def head_loss(
     hidden:Tensor, # [N,D] hidden states, one for each target
     labels:Tensor, # [N] token ids
     weights:Tensor|None=None, # [N] what each target counts; None: 1
+    *,
     chunk:int=1024, # targets whose logits exist at one time
     softcap:float|None=None, # Gemma 2: logits are squeezed into ±softcap
 )->Tensor: # scalar, fp32 (fp64 for an fp64 model), in nats
     "Summed cross-entropy, by the shortest way that the head allows."
-    args, how = [x for x in (hidden, labels, weights)
-                 if x is not None], dict(chunk=chunk, softcap=softcap)
+    args = [x for x in (hidden, labels, weights) if x is not None]
+    how = dict(chunk=chunk, softcap=softcap)
     if not gives_gradient(head, hidden):
         work = partial(sum_in_chunks, **how)
         return call_once(head, work, *args) if isinstance(head, nn.Module) else work(head, *args)
@@ -172,7 +175,7 @@ def target_loss(
 def row_lengths(
     input_ids:Tensor, # [B,T]
     attention_mask:Tensor|None=None, # [B,T], 1 for tokens, 0 for padding
-    documents:Tensor|None=None, # int32 [S+1], where documents begin in the B·T tokens of a packed batch, and the end
+    documents:Tensor|None=None, # int32 [S+1], where documents begin in B·T packed tokens, and the end
 )->Tensor: # [B,T] tokens of the row or document that each token belongs to
     "L of every token."
     if documents is not None:
@@ -188,7 +191,8 @@ def add_noise(
 )->Tensor: # [B,T,D]
     "NEFTune (arXiv 2310.05914): uniform noise in ±alpha/√(L·D) on each embedding, from torch's generator."
     noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
-    return embedded + (noise * (alpha / (lengths * embedded.shape[-1]).sqrt())[..., None]).to(embedded.dtype)
+    strength = alpha / (lengths * embedded.shape[-1]).sqrt()
+    return embedded + (noise * strength[..., None]).to(embedded.dtype)
 
 # %% ../../nbs/training/01_loss.ipynb #06loss062
 @contextmanager
