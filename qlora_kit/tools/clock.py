@@ -30,15 +30,17 @@ def head_size(shape:dict)->int: # of one attention head
 # %% ../../nbs/tools/04_clock.ipynb #18bench010
 def flops_per_token(shape:dict, T:int)->float: # T: tokens of a sequence
     "Additions and multiplications that a training step needs for each token, nothing computed twice."
-    return 4*product_weights(shape) + 6*T*shape["num_attention_heads"]*head_size(shape)*shape[
-        "num_hidden_layers"]
+    Q, L = shape["num_attention_heads"]*head_size(shape), shape["num_hidden_layers"]
+    return 4*product_weights(shape) + 6*T*Q*L
 
 # %% ../../nbs/tools/04_clock.ipynb #18bench014
 # 10¹² a second, dense bf16, by the makers' data sheets
 CARDS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165,
     "RTX 3090": 71}
 
-def mfu(shape:dict, T:int, tokens_per_s:float,
+def mfu(shape:dict, # a model's config.json
+    T:int, # tokens of a sequence
+    tokens_per_s:float, # measured
     card:str, # as the driver names it
     )->float|None: # 0 to 1; None for a card that is not in `CARDS`
     "Model FLOPs utilisation."
@@ -123,8 +125,8 @@ def shape_of(name:str)->dict: # the contents of a config.json; `UserError` for a
 
 # %% ../../nbs/tools/04_clock.ipynb #18bench031
 def bf16_bytes(shape:dict)->int: # norms left out
-    return 2*(product_weights(shape) + (not shape["tie_word_embeddings"])*shape["vocab_size"]*shape[
-        "hidden_size"])
+    embedding = 0 if shape["tie_word_embeddings"] else shape["vocab_size"]*shape["hidden_size"]
+    return 2*(product_weights(shape) + embedding)
 
 def weights_folder(place:Path, shape:str)->Path: # shape: a name
     return place/f"weights-{bf16_bytes(shape_of(shape))}"
@@ -145,17 +147,16 @@ def write_checkpoint(folder:Path, shape:dict)->None: # does nothing where it sta
     parts = {"layer-0": {}, "ends": {}}
     for name, tensor in model.state_dict().items():
         if shape["tie_word_embeddings"] and name.startswith("lm_head"): continue
-        parts["layer-0" if ".layers.0." in name
-              else "ends"][name] = (torch.ones_like(tensor) if tensor.dim() == 1
-                                    else tensor).cpu().contiguous()
+        part = parts["layer-0" if ".layers.0." in name else "ends"]
+        norm = tensor.dim() == 1
+        part[name] = (torch.ones_like(tensor) if norm else tensor).cpu().contiguous()
     for name, tensors in parts.items():
         save_file(tensors, folder/f"{name}.safetensors", metadata={"format": "pt"})
     layers, raw = range(shape["num_hidden_layers"]), (folder/"layer-0.safetensors").read_bytes()
     with ThreadPoolExecutor(8) as pool: list(pool.map(partial(copy_layer, folder, raw), layers[1:]))
-    files = {k: "ends.safetensors"
-             for k in parts["ends"]} | {k.replace(".0.", f".{i}.", 1): f"layer-{i}.safetensors"
-                                        for i in layers for k in parts[
-        "layer-0"]}
+    files = dict.fromkeys(parts["ends"], "ends.safetensors")
+    files |= {k.replace(".0.", f".{i}.", 1): f"layer-{i}.safetensors"
+              for i in layers for k in parts["layer-0"]}
     write_atomic(folder/"model.safetensors.index.json",
                  json.dumps(dict(metadata={}, weight_map=files)))
     write_atomic(folder/"shape.json", json.dumps(shape))

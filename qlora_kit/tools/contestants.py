@@ -357,5 +357,6 @@ CONTESTANTS = {
 # %% ../../nbs/tools/05_contestants.ipynb #toolscontestants5
 def in_turn()->list: # (who, task), the first to be measured first
     "Order the tasks of all contestants."
-    turns = {(who, task): it.turn for who, one in CONTESTANTS.items() for task, it in one.tasks.items()}
+    turns = {(who, task): known.turn for who, one in CONTESTANTS.items()
+             for task, known in one.tasks.items()}
     return sorted(turns, key=turns.get)
