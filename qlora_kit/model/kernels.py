@@ -85,7 +85,7 @@ def results_only(body:Callable, *args): # results of `body`, on meta
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise016
 def wide(
-    x:Tensor,
+    x:Tensor, # any shape, any float dtype
 )->Tensor: # fp32, or fp64
     "The numbers to compute with."
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -366,7 +366,8 @@ class Rotary(torch.autograd.Function):
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise010
 @cache
-def kernel(body:Callable)->Callable:
+def kernel(body:Callable, # a function of tensors
+    )->Callable: # the same, compiled
     "A compiled function, made at its first use."
     return torch.compile(body, dynamic=False)
 
@@ -431,7 +432,7 @@ def trial_numbers(*shape:int)->Tensor: # fp32, on the CPU, the same each time
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise044
 def twin(
-    module:nn.Module,
+    module:nn.Module, # stays as it is
     parameters:dict, # name → parameter, all that it shall have
     children:dict,   # name → module or function, to take the place of its own
 )->nn.Module:
@@ -442,13 +443,13 @@ def twin(
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise045
 def norm_settings(
-    module:nn.Module,
+    module:nn.Module, # perhaps a norm
 )->tuple[float,bool]|None: # ε, and whether the weight is stored less one; None: not a norm as above
     "Try a module as an RMSNorm."
     weight = module._parameters.get("weight")
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or len(module._parameters) != 1 or weight is None or weight.requires_grad:
-        return
+    if not type(module).__name__.endswith("RMSNorm") or len(module._parameters) != 1: return
+    if weight is None or weight.requires_grad: return
     shape = getattr(weight, "ds_shape", weight.shape) # DeepSpeed's note of the whole
     if len(shape) != 1 or not isinstance(eps, float): return
     w, x = trial_numbers(shape[0]), trial_numbers(2, 3, shape[0])
@@ -460,7 +461,7 @@ def norm_settings(
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise047
 def is_swiglu(
-    module:nn.Module,
+    module:nn.Module, # perhaps an MLP
 )->bool:
     "Try a module as down(silu(gate(x))·up(x))."
     names = ("gate_proj", "up_proj", "down_proj")
@@ -475,14 +476,15 @@ def is_swiglu(
 ROTARY = "apply_rotary_pos_emb"
 
 def rotary_homes(
-    model:nn.Module,
+    model:nn.Module, # a transformers model
 )->list: # Python modules with the function
     "Where the attention classes of a model find their rotary embedding."
-    homes = {sys.modules[type(m).__module__] for m in model.modules() if type(m).__name__.endswith(
-        "Attention")}
+    homes = {sys.modules[type(m).__module__] for m in model.modules()
+             if type(m).__name__.endswith("Attention")}
     return [home for home in homes if callable(getattr(home, ROTARY, None))]
 
-def is_rotary(function:Callable)->bool:
+def is_rotary(function:Callable, # of q, k, cos, sin
+    )->bool: # of halves, as in Llama
     "Try a function as the rotary embedding of halves."
     if list(signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]: return False
     c, s = trial_numbers(2, 5, 8), trial_numbers(2, 5, 8).flip(0)
@@ -491,7 +493,7 @@ def is_rotary(function:Callable)->bool:
 
 # %% ../../nbs/model/08_kernels.ipynb #05cpointwise051
 def autocasts(
-    x:Tensor,
+    x:Tensor, # on any device
 )->bool:
     "Whether autocast is on for the tensor's device; meta knows none."
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
