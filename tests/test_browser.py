@@ -35,14 +35,14 @@ def load(path):
 DASHBOARD = "from qlora_kit.tools.dashboard import start, watch\n"
 CHAT = """
 import torch
-from qlora_kit.use.chat import Comparison
+from qlora_kit.use.chat import SideBySide
 from qlora_kit.model.loader import load_model
 from qlora_kit.model.base import load_tokenizer
 from qlora_kit.model.lora import add_lora, lora_parameters
 model = add_lora(load_model({folder!r}), r=4, alpha=8, seed=0).eval()
 with torch.no_grad():
     for name, p in lora_parameters(model).items(): p += 0.1*("lora_B" in name)
-Comparison(model, load_tokenizer({folder!r}))
+SideBySide(model, load_tokenizer({folder!r}))
 """
 
 
@@ -65,7 +65,7 @@ def move(page, box, name, key="ArrowRight", times=3):
 
 def test_a_page_runs_top_to_bottom_and_a_script_in_its_data_stays_text(lab):
     shutil.copy(Path(__file__).parent.parent / "nbs/data/05_inspector.ipynb", lab.folder)
-    page, dialogs = lab.open("02b_inspector"), []
+    page, dialogs = lab.open("05_inspector"), []
     page.tab.on("dialog", lambda d: (dialogs.append(d.message), d.dismiss()))
     page.run_all(120)
     box = page.tab.locator(".jp-NotebookPanel:visible .jp-OutputArea-output", has=page.tab.get_by_role("button", name="batches"))

@@ -64,10 +64,9 @@ def test_options_and_commands_of_the_console_script_exist(page):
             assert {w.split("=")[0] for w in rest if w.startswith("--")} <= options | {"--help"}, line
 
 
-@pytest.mark.parametrize("page", ["README.md", "README.zh.md"])
-def test_the_commands_for_ones_own_data_run_in_their_order(page, tiny_llama, tmp_path):
+def test_the_commands_for_ones_own_data_run_in_their_order(tiny_llama, tmp_path):
     """In an empty folder, as they are written; between `cd` and the first script the tiny model takes the embedded one's place."""
-    lines = [c for c in commands(text_of(page)) if not c.startswith(("make", *OTHERS))]
+    lines = [c for c in commands(text_of("README.md")) if not c.startswith(("make", *OTHERS))]
     start = lines.index("qlora-kit new deepspeed_train")
     folder, ran = tmp_path, []
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
