@@ -22,7 +22,8 @@ from qlora_kit.run.config import load_config
 from qlora_kit.training.engine import join_ranks
 from qlora_kit.model.base import resolve_base
 from qlora_kit.model.lora import lora_parameters
-from qlora_kit.run.train import predict_memory, make_engine, make_job, take_step
+from qlora_kit.run.assemble import make_engine, make_job, predict_memory
+from qlora_kit.training.loop import lr_at, train_step
 
 
 def kit(cfg, base):
@@ -73,8 +74,8 @@ def main():
         rows = [int(e.ne(job.feed.pad_id).nonzero().max()) + 1 for e in batch["input_ids"]]
         batch = batch | {"mask": torch.stack([torch.arange(batch["input_ids"].shape[1]) < k for k in rows]).long()}
         start = time.perf_counter()
-        done = take_step(job, engine, i)
-        loss = done.numbers.read()[0] / done.targets
+        done = train_step(engine, list(job.feed.batches(i)), lr=lr_at(i, job.plan.total, peak=cfg.training.learning_rate, scheduler=cfg.training.lr_scheduler, warmup_ratio=cfg.training.warmup_ratio), seed=cfg.training.seed, step=i)
+        loss = done.read()[0]
         middle = time.perf_counter()
         losses["plain"].append(theirs(batch, done.lr))
         end = time.perf_counter()

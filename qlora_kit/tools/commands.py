@@ -143,7 +143,7 @@ def look_at(cfg, # RunConfig
     from qlora_kit.data.tokens import encode_turns, ExampleFile
     from qlora_kit.data.files import progress
     from qlora_kit.model.base import cache_folder
-    from qlora_kit.run.train import make_feed, read_rows
+    from qlora_kit.run.assemble import make_feed, read_rows
     notes, parts = [], {}
     if cfg.data.streaming: cache_folder().mkdir(parents=True, exist_ok=True)
     def keep(examples):
@@ -257,7 +257,7 @@ def plan_table(prediction, limit:int|None=None): # bytes of the card → a rich 
 def plan_answer(setup, limit:int)->dict: # fit: bool, need: bytes, text; and where something helps `change`: words, `then`: bytes
     "Does it fit, and if not, what would?"
     from qlora_kit.memory.budget import fit_card, smallest_change
-    from qlora_kit.run.train import as_words
+    from qlora_kit.run.assemble import as_words
     gb, fit = (lambda n: f"{n/2**30:.1f} GB"), fit_card(setup, limit)
     answer = dict(fits=fit.fits, need=fit.need, limit=limit)
     if fit.fits:
@@ -293,7 +293,8 @@ def plan_command(config: Annotated[Path,
     from dataclasses import asdict
     from qlora_kit.memory.budget import parse_size, traffic
     from qlora_kit.memory.predict import predict
-    from qlora_kit.run.train import choose_levels, memory_setup
+    from qlora_kit.memory.budget import choose_levels
+    from qlora_kit.run.assemble import memory_setup
     cfg, limit = plan_config(config, overrides or []), parse_size(gpu_memory) if gpu_memory else card_here()
     setup = memory_setup(cfg, plan_shape(cfg.model.base_model, cfg.model.revision), device="cuda",
                          ranks=gpus, deepspeed=deepspeed)
@@ -465,7 +466,7 @@ def attend(config, ranks:int, words:list, timeout, where:dict)->int: # exit code
                  show=lambda line: print(line, file=sys.stderr), **where)
     code = run.wait(signals)
     if code == 1 and run.run:
-        print(f"{run.state()['error']} (logs: {_short(run.run/'logs')})", file=sys.stderr)
+        print(f"{run.state().get('error')} (logs: {_short(run.run/'logs')})", file=sys.stderr)
     shutil.rmtree(run.mailbox, ignore_errors=True)
     return code
 
@@ -551,7 +552,7 @@ def held_out_rows(target:str, # run folder, adapter folder, or a base model
     "What to evaluate on."
     from qlora_kit.run.config import DataConfig, RunConfig
     from qlora_kit.use.trained import find_adapter, recorded
-    from qlora_kit.run.train import read_rows
+    from qlora_kit.run.assemble import read_rows
     adapter = find_adapter(target)
     config = adapter.resolve().parent/"config.yaml" if adapter else Path(target)/"config.yaml"
     if not config.is_file() and data is None:

@@ -42,7 +42,7 @@ def kit_config(job:dict): # RunConfig
 def memory_predictor(job:dict, cfg, place, tell): # as `make_job` wants it: folder, tokens of the longest row → GB, rungs
     "Ask the plan for rungs, and tell what they are."
     from qlora_kit.training.recompute import levels_in_words
-    from qlora_kit.run.train import predict_memory
+    from qlora_kit.run.assemble import predict_memory
     def ask(folder, length):
         predicted, rungs = predict_memory(cfg, place, deepspeed=None, force=True, say=print,
                                           log=logging.getLogger(
@@ -55,8 +55,9 @@ def memory_predictor(job:dict, cfg, place, tell): # as `make_job` wants it: fold
 # %% ../../nbs/tools/05_contestants.ipynb #18bench046
 def kit_tokens(job:dict, tell)->None: # tell: called with what is known, as it becomes known
     "Random tokens through the kit's own step."
-    from qlora_kit.training.engine import join_ranks
-    from qlora_kit.run.train import build_model, Job, make_engine, make_schedule, take_step
+    from qlora_kit.run.assemble import build_model
+    from qlora_kit.training.engine import compute_dtype, join_ranks, LocalEngine, make_optimizer
+    from qlora_kit.training.loss import LossModel
     cfg, place, start = kit_config(job), join_ranks(), time.perf_counter()
     if job["folder"]:
         _, rungs = memory_predictor(job, cfg, place=place, tell=tell)(Path(job["folder"]), job["T"])
@@ -66,16 +67,15 @@ def kit_tokens(job:dict, tell)->None: # tell: called with what is known, as it b
     wait_for_card()
     tell(load_s=time.perf_counter() - start if job["folder"] else None)
     feed = RandomFeed(model.config.vocab_size, job["B"], job["T"])
-    run = Job(cfg, Path("."), place=place, tokenizer=None, model=model, base="", train=[],
-              feed=feed, val=[], plan=make_schedule(cfg.training, 10**6))
-    engine = make_engine(run)
-    engine.module.train()
-    tell(**watched(stretch, partial(kit_step, run, engine), job["steps"], job["warm"]))
+    module = LossModel(model).train()
+    engine = LocalEngine(module, make_optimizer(module), device=place.device,
+                         fp16=compute_dtype(cfg.training.dtype, place.device) == "float16")
+    tell(**watched(stretch, partial(kit_step, engine, feed), job["steps"], job["warm"]))
 
-def kit_step(run, engine, i:int): # → function that fetches the loss
-    from qlora_kit.run.train import take_step
-    done = take_step(run, engine, i)
-    return lambda: done.numbers.read()[0]/done.targets
+def kit_step(engine, feed, i:int): # → function that fetches the loss
+    from qlora_kit.training.loop import train_step
+    done = train_step(engine, list(feed.batches(i, engine.rank)), lr=1e-4, seed=0, step=i)
+    return lambda: done.read()[0]
 
 # %% ../../nbs/tools/05_contestants.ipynb #18bench048
 def large_model(job:dict, cfg, place, tell): # PeftModel
@@ -86,7 +86,8 @@ def large_model(job:dict, cfg, place, tell): # PeftModel
     from qlora_kit.model.lora import add_lora
     from qlora_kit.memory.predict import GB, predict, levels_of, shape_text, stand_in
     from qlora_kit.model.kernels import fast_pointwise
-    from qlora_kit.run.train import choose_levels, memory_limit, memory_setup
+    from qlora_kit.memory.budget import choose_levels, memory_limit
+    from qlora_kit.run.assemble import memory_setup
     setup = choose_levels(memory_setup(cfg, job["shape"], device=place.device, length=job["T"]),
                           job[
         "setting"], *memory_limit(place))
@@ -104,7 +105,7 @@ def large_model(job:dict, cfg, place, tell): # PeftModel
 def kit_rows(job:dict, tell)->None:
     "Real rows, packed by the kit."
     from qlora_kit.training.engine import join_ranks
-    from qlora_kit.run.train import make_engine, make_job
+    from qlora_kit.run.assemble import make_engine, make_job
     cfg, place, start = kit_config(job), join_ranks(), time.perf_counter()
     run = make_job(cfg, Path("."), place=place,
                    expect=memory_predictor(job, cfg, place=place, tell=tell))
@@ -112,7 +113,7 @@ def kit_rows(job:dict, tell)->None:
     engine.module.train()
     wait_for_card()
     tell(load_s=time.perf_counter() - start)
-    result = watched(stretch, partial(kit_step, run, engine), job["steps"], job["warm"])
+    result = watched(stretch, partial(kit_step, engine, run.feed), job["steps"], job["warm"])
     rows, tokens = (sum(n)/job["steps"]
                     for n in zip(*(run.feed.count(job["warm"] + i) for i in range(job[
         "steps"]))))

@@ -5,21 +5,20 @@
 # %% auto #0
 __all__ = ['FOLLOWED', 'BLUE', 'ORANGE', 'GREEN', 'VIOLET', 'WIDE', 'HIGH', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'THEME', 'OPEN',
            'MARKS', 'BUTTONS', 'LABELS', 'Follower', 'read', 'add', 'column', 'thin', 'Line', 'points', 'draw_line',
-           'limits', 'ticks', 'axes', 'describe', 'chart', 'curves', 'read_state', 'process_lives', 'patience',
-           'verdict', 'pace', 'best', 'figures', 'tail', 'rank_of', 'before_folder', 'Overview', 'look', 'look_before',
-           'header', 'log_html', 'as_text', 'as_html', 'Dashboard', 'show', 'press', 'tend', 'close', 'watch', 'start']
+           'limits', 'ticks', 'axes', 'describe', 'chart', 'curves', 'patience', 'verdict', 'pace', 'best', 'figures',
+           'tail', 'rank_of', 'before_folder', 'Overview', 'look', 'look_before', 'header', 'log_html', 'as_text',
+           'as_html', 'Dashboard', 'show', 'press', 'tend', 'close', 'watch', 'start']
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard002
-import html, json, re, socket, threading, time
+import html, re, socket, threading, time
 from array import array
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import psutil
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ from ..data.files import UserError
 from ..data.files import need_widgets
 from .processes import launch, Launched
 from ..run.monitor import ask, parse_line, read_requests
+from ..run.run_folder import lives, read_state
 from ..data.files import in_notebook
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard009
@@ -196,22 +196,6 @@ def curves(metrics:Follower)->str: # HTML
                   "6 3")], zero=True)]
     return f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:6px 18px;max-width:900px;{THEME}">{"".join(charts)}</div>'
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard037
-def read_state(run)->dict: # {} if there is none
-    "state.json of a run."
-    try: return json.loads((Path(run)/"state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-
-def process_lives(
-    pid:int, # from state.json
-    beat:float, # when it last gave a sign, in seconds since 1970
-) -> bool:
-    "Is this process here, and is it the one that gave the sign?"
-    try:
-        process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() <= beat + 60
-    except psutil.NoSuchProcess: return False
-
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard039
 def patience(metrics:Follower)->float: # seconds
     "The longest silence of a run that is well."
@@ -230,7 +214,7 @@ def verdict(
     silence = max(0., time.time() - beat)
     ago = f"its last sign came {tqdm.format_interval(silence)} ago"
     if said["host"] == socket.gethostname():
-        if not process_lives(said["pid"], beat):
+        if not lives(said["pid"], before=beat + 60):
             if (now := read_state(run)).get("state") != "running":
                 return now.get("state", "starting"), now.get("error") or ""
             return "lost", f"process {said['pid']} has ended without a word; {ago}. The command train with --resume goes on from the last checkpoint"

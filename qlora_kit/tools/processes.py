@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['LOCKED', 'launch_command', 'which_cards', 'read_hosts', 'launch_environment', 'family', 'ranks_of', 'Launched',
-           'die_with_parent', 'launch', 'pass_on', 'send', 'pass_on_late', 'wait', 'lives', 'end_launchers',
-           'exit_code', 'last_word']
+           'die_with_parent', 'launch', 'pass_on', 'send', 'pass_on_late', 'wait', 'end_launchers', 'exit_code',
+           'last_word']
 
 # %% ../../nbs/tools/01_processes.ipynb #toolsprocessesd
-import json
 import os
 import shlex
 import signal
@@ -148,8 +147,8 @@ class Launched:
         return self.process.pid if self.command[0] == "qlora-kit" else None
 
     def state(self)->dict: # state.json: pid, host, state, heartbeat, error
-        try: return json.loads((self.run/"state.json").read_text(encoding="utf-8"))
-        except (TypeError, OSError, ValueError): return {"state": "", "error": None}
+        from qlora_kit.run.run_folder import read_state
+        return read_state(self.run) if self.run else {}
 
 # %% ../../nbs/tools/01_processes.ipynb #17launch050
 def die_with_parent()->None:
@@ -225,6 +224,7 @@ def wait(self:Launched, # the run
     grace:float=20.0, # seconds that ranks may live after one has died
     )->int: # exit code of the run
     "Wait until every process of this launch has ended."
+    from qlora_kit.run.run_folder import lives
     ranks, since, empty = {}, None, 0
     while self.process.poll() is None or empty < 2:
         while signals: self.pass_on(signals.pop(0))
@@ -239,12 +239,6 @@ def wait(self:Launched, # the run
             for p in family(self.mailbox): p.kill()
         time.sleep(0.3)
     return self.exit_code()
-
-def lives(p:psutil.Process, # whose number may be another's by now
-    )->bool:
-    "Tell whether this process still runs."
-    try: return p.is_running() and p.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess: return False
 
 # %% ../../nbs/tools/01_processes.ipynb #17launch054a
 def end_launchers(processes:list, # of a launch whose command has died
@@ -266,7 +260,7 @@ def exit_code(self:Launched, # a run that has ended
     if self.message("exit"): code = int(self.message("exit"))
     elif self.asked and (code or silent): code = 128+self.asked[0][0]
     elif silent or code not in (0, 2, 130, 143): code = 1
-    if self.run and self.state()["state"] == "running": last_word(self.run)
+    if self.run and self.state().get("state") == "running": last_word(self.run)
     return code
 
 Launched.wait, Launched.exit_code = wait, exit_code

@@ -270,7 +270,7 @@ def test_streamed_examples_are_the_others(tiny_config, monkeypatch, tmp_path):
     from qlora_kit.run.config import load_config
     from qlora_kit.model.base import load_tokenizer
     from qlora_kit.data.tokens import ensure_template
-    from qlora_kit.run.train import load_examples
+    from qlora_kit.run.assemble import load_examples
 
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path/"cache"))
     monkeypatch.chdir(tmp_path)

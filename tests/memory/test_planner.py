@@ -15,7 +15,7 @@ from dataclasses import replace
 from qlora_kit.memory.planner import (
     begin, change_for, config_setup, config_text, HUB, OFFLOAD, peaks, PLACES, fit_levels, Planner,
     RECIPES, RECOMPUTE_CHOICES, save_config, fit_verdict)
-from qlora_kit.run.train import memory_setup
+from qlora_kit.run.assemble import memory_setup
 
 SMALL = HUB["smollm2-135m"]
 

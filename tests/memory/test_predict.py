@@ -382,7 +382,8 @@ def test_recipes_load_and_fit(name, tmp_path):
     """In a project's configs/ folder, as the first line of each says, and on the cards that its name says."""
     from qlora_kit.run.config import load_config
     from qlora_kit.tools.commands import ASSETS
-    from qlora_kit.run.train import choose_levels, memory_setup
+    from qlora_kit.memory.budget import choose_levels
+    from qlora_kit.run.assemble import memory_setup
 
     for folder in ("configs", "data"):
         (tmp_path / folder).mkdir()
@@ -437,6 +438,7 @@ def test_the_plan_command(tmp_path, capsys):
 
 
 def test_a_run_says_what_it_needs_and_refuses_what_cannot_be(tiny_config, monkeypatch, capsys):
+    import qlora_kit.run.assemble as assemble
     import qlora_kit.run.train as module
     from qlora_kit.run.config import load_config
 
@@ -445,19 +447,19 @@ def test_a_run_says_what_it_needs_and_refuses_what_cannot_be(tiny_config, monkey
     assert "predicted at the peak" in capsys.readouterr().err
     kept = json.loads((result.run / "summary.json").read_text())
     assert 0 < kept["mem_predicted_gb"] == pytest.approx(kept["mem_peak_gb"], rel=0.5)  # both with all that this process held before
-    monkeypatch.setattr(module, "memory_limit", lambda place: (10_000, 10_000))
-    monkeypatch.setattr(module, "build_model", lambda *args: pytest.fail("allocated all the same"))
+    monkeypatch.setattr(assemble, "memory_limit", lambda place: (10_000, 10_000))
+    monkeypatch.setattr(assemble, "build_model", lambda *args: pytest.fail("allocated all the same"))
     with pytest.raises(UserError, match=r"--force"):
         module.train(load_config(path), path.stem, base=path.parent, quiet=True)
     assert not (path.parent / "runs/planned-2").exists()
     monkeypatch.undo()
-    monkeypatch.setattr(module, "memory_limit", lambda place: (10_000, 10_000))
+    monkeypatch.setattr(assemble, "memory_limit", lambda place: (10_000, 10_000))
     assert module.train(load_config(path), path.stem, base=path.parent, quiet=True, force=True).status == "done"
 
 
 def test_the_advice_is_in_the_words_of_the_config():
     from qlora_kit.run.config import override
-    from qlora_kit.run.train import as_words, WORDS
+    from qlora_kit.run.assemble import as_words, WORDS
 
     change = dict(recompute="layer", batch=2, accumulation=2, length=512, stage=3, offload_param="cpu", offload_optimizer="cpu")
     assert set(WORDS) == {*change, "ranks"}

@@ -98,11 +98,14 @@ def test_packed_rows_evaluations_and_answers_on_two_ranks_are_those_of_one_proce
 SPY = """
 import json, os, signal, time
 import torch
+import yaml
 from qlora_kit.run import train as kit
+from qlora_kit.run import run_folder
+from qlora_kit.training import loop
 from qlora_kit.data.rows import load_conversations
 
 RANK, HERE = int(os.environ.get("RANK", 0)), os.path.dirname(__file__)
-seed_step, restore = kit.seed_step, kit.restore
+seed_step, restore, load_checkpoint = loop.seed_step, kit.restore, run_folder.load_checkpoint
 
 def step(seed, step, rank):
     seed_step(seed, step, rank)
@@ -113,16 +116,17 @@ def step(seed, step, rank):
             if what == "fail": raise ValueError("boom")
             time.sleep(600)
 
-def compared(job, engine, checkpoint):
-    progress, saved = restore(job, engine, checkpoint), kit.load_checkpoint(checkpoint).tensors
+def compared(engine, checkpoint):
+    progress, saved = restore(engine, checkpoint), load_checkpoint(checkpoint).tensors
+    t = yaml.safe_load((checkpoint.parents[1] / "config.yaml").read_text())["training"]
     now = engine.state()
     result = dict(ranks=engine.ranks, equal=now.keys() == saved.keys() and all(torch.equal(now[k], saved[k]) for k in saved), tensors=len(saved),
-                  batch_size=job.cfg.training.batch_size, accumulation=job.cfg.training.gradient_accumulation_steps)
+                  batch_size=t["batch_size"], accumulation=t["gradient_accumulation_steps"])
     open(f"{HERE}/restored-{engine.ranks}-{RANK}.json", "w").write(json.dumps(result))
     return progress
 
 def load(path):
-    kit.seed_step, kit.restore = step, compared
+    loop.seed_step, kit.restore = step, compared
     if os.environ.get("SPY") == "load":
         open(f"{HERE}/loading-{RANK}", "w").close()
         time.sleep(600)

@@ -11,7 +11,8 @@ from qlora_kit.run import trackers
 from qlora_kit.run.config import load_config
 from qlora_kit.data.files import UserError
 from qlora_kit.run.monitor import Monitor, read_metrics
-from qlora_kit.run.train import check_choices, train
+from qlora_kit.run.assemble import check_choices
+from qlora_kit.run.train import train
 from qlora_kit.run.trackers import Careful, open_tracker
 
 

@@ -17,7 +17,9 @@ from qlora_kit.run.config import config_yaml, load_config
 from qlora_kit.data.files import UserError
 from qlora_kit.training.engine import join_ranks
 from qlora_kit.run.monitor import read_metrics
-from qlora_kit.run.train import check_document_isolation, make_engine, make_job, RunFailed, train
+from qlora_kit.training.loop import check_document_isolation, RunFailed
+from qlora_kit.run.assemble import make_engine, make_job
+from qlora_kit.run.train import train
 
 TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
 
@@ -100,10 +102,9 @@ def test_plain_peft_loads_the_adapter_and_agrees(whole, tiny_llama):
 def test_frozen_bytes_never_change(tiny_config):
     from qlora_kit.training.engine import RankInfo
     from qlora_kit.model.loader import packed_hash
-    from qlora_kit.run.train import fit, make_engine, make_job, Progress
-
-    class Silent:
-        log = staticmethod(lambda record: None)
+    from qlora_kit.training.loop import Progress
+    from qlora_kit.run.train import fit_job
+    from qlora_kit.run.assemble import make_engine, make_job
 
     path = tiny_config()
     folder = path.parent / "hash"
@@ -112,7 +113,7 @@ def test_frozen_bytes_never_change(tiny_config):
     before = packed_hash(job.model)
     engine = make_engine(job)
     engine.module.train()
-    fit(job, engine, Silent, Progress(), [])
+    fit_job(job, engine, Progress(), log=lambda record: None)
     assert packed_hash(job.model) == before
 
 
@@ -154,11 +155,11 @@ def test_speed_does_not_count_evaluations_and_checkpoints(tiny_config, monkeypat
     """The clock stands still but for what is no training, which takes a thousand seconds, and a second in each step."""
     import qlora_kit.run.train as kit
 
-    now, spent = [0.0], {"take_step": 1, "evaluate_step": 1000, "save": 1000}
+    now, spent = [0.0], {"train_step": 1, "evaluate_step": 1000, "save": 1000}
     for name, seconds in spent.items():
-        def slow(*args, seconds=seconds, act=getattr(kit, name)):
+        def slow(*args, seconds=seconds, act=getattr(kit, name), **options):
             now[0] += seconds
-            return act(*args)
+            return act(*args, **options)
         monkeypatch.setattr(kit, name, slow)
     monkeypatch.setattr(kit.time, "monotonic", lambda: now[0])
     records = read_metrics(run(tiny_config("speed", training__save_steps=1, training__eval_steps=2, training__max_steps=4, data__validation_split=0.2)).run)
@@ -179,7 +180,7 @@ def test_a_model_that_looks_across_documents_pads_the_rows_of_a_cpu(tiny_config,
     for across in (False, True):
         job = make_job(load_config(path), tmp_path / "run", join_ranks(), base=path.parent)
         if across: job.model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0] + args[0].roll(1, 1), *args[1:]))
-        check_document_isolation(job, make_engine(job))
+        check_document_isolation(make_engine(job), job.feed)
         assert job.feed.joined is not across and (len(next(job.feed.batches(0))["input_ids"]) > 1) is across
 
 
@@ -290,7 +291,7 @@ def test_a_refused_start_leaves_no_folder(tiny_config):
 def test_a_step_is_kept_when_the_checkpoint_came_from_two_ranks(whole, tmp_path):
     """The settings are those of two ranks with two rows each; alone it takes two micro-batches."""
     from qlora_kit.run.checkpoint import checkpoint_info
-    from qlora_kit.run.train import keep_step
+    from qlora_kit.run.run_folder import keep_step
 
     path, full = whole
     checkpoint = checkpoints(full.run)[0]
@@ -312,7 +313,7 @@ def test_a_step_is_kept_when_the_checkpoint_came_from_two_ranks(whole, tmp_path)
 
 
 def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypatch):
-    from qlora_kit.run import train as module
+    from qlora_kit.run import assemble as module
 
     path = tiny_config("row")
     rows = json.loads((path.parent / "rows.json").read_text())
@@ -325,13 +326,13 @@ def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypa
 
 def interrupted(number):
     """Stands in for a part of the run in which the signal comes."""
-    def part(*args):
+    def part(*args, **options):
         signal.raise_signal(number)
         pytest.fail("went on after the signal")
     return part
 
 
-@pytest.mark.parametrize("number, part", [(signal.SIGINT, "read_rows"), (signal.SIGTERM, "make_engine")])
+@pytest.mark.parametrize("number, part", [(signal.SIGINT, "make_job"), (signal.SIGTERM, "make_engine")])
 def test_a_signal_while_loading_ends_the_run_at_once(tiny_config, monkeypatch, number, part):
     from qlora_kit.run import train as module
 
@@ -363,7 +364,8 @@ def test_the_first_error_of_several_ranks_stands(tmp_path):
     from qlora_kit.training.engine import RankInfo
     from qlora_kit.run.monitor import write_state
     from qlora_kit.run.interruptions import Stopped
-    from qlora_kit.run.train import end_badly, heartbeat
+    from qlora_kit.run.train import end_badly
+    from qlora_kit.run.run_folder import heartbeat
 
     state = lambda: json.loads((tmp_path / "state.json").read_text())
     (tmp_path / "logs").mkdir()
@@ -373,7 +375,7 @@ def test_the_first_error_of_several_ranks_stands(tmp_path):
         (tmp_path / f"logs/rank-{rank}.pid").write_text(f"{socket.gethostname()} {os.getpid()}")
     write_state(tmp_path, "running")
     ended(1, ValueError("boom"))
-    heartbeat(type("J", (), {"run": tmp_path}), type("E", (), {"rank": 0}))
+    heartbeat(tmp_path, 1)
     assert ended(0, closed).hushed and state()["state"] == "failed" and state()["error"] == "rank 1: ValueError: boom"
     write_state(tmp_path, "running")
     ended(1, Stopped("SIGTERM"))
@@ -559,7 +561,7 @@ def test_a_run_lets_go_of_its_folder_however_it_ends(tiny_config, whole, monkeyp
 @pytest.mark.parametrize("said, stage, backend, overlap", [(None, 3, "nccl", True), (None, 3, "gloo", False), (None, 2, "nccl", False), (False, 3, "nccl", False), (True, 2, "gloo", True)])
 def test_gathers_run_beside_the_computation_where_every_rank_has_a_card(tiny_config, tmp_path, monkeypatch, said, stage, backend, overlap):
     """By default; a word of the run's config or of the DeepSpeed file counts, and the file's stage does."""
-    from qlora_kit.run.train import deepspeed_config
+    from qlora_kit.run.assemble import deepspeed_config
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)

@@ -14,9 +14,10 @@ import pytest
 from qlora_kit.tools import dashboard
 from qlora_kit.run.checkpoint import save_checkpoint, State
 from qlora_kit.tools.compare import compare, STYLES
+from qlora_kit.run.run_folder import lives
 from qlora_kit.tools.dashboard import (
     before_folder, BLUE, chart, curves, Dashboard, figures, Follower, GREEN, Line, ORANGE, Overview,
-    patience, process_lives, start, tail, thin, verdict, VIOLET, watch)
+    patience, start, tail, thin, verdict, VIOLET, watch)
 from qlora_kit.data.files import UserError
 from qlora_kit.run.monitor import (
     metrics_line, MetricsFile, read_metrics, truncate_metrics, write_state)
@@ -151,18 +152,18 @@ def test_signs_of_life(tmp_path):
 
 def test_a_zombie_and_a_reused_number_are_not_alive():
     now = time.time()
-    assert process_lives(os.getpid(), now) and not process_lives(os.getpid(), now - 1e6), "this process is younger than that sign"
+    assert lives(os.getpid(), now + 60) and not lives(os.getpid(), now - 1e6), "this process is younger than that sign"
     child = subprocess.Popen([sys.executable, "-c", ""])
     deadline = time.monotonic() + 20
-    while process_lives(child.pid, now) and time.monotonic() < deadline:
+    while lives(child.pid, now + 60) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not process_lives(child.pid, now), "it has ended, and nobody has asked for its exit code yet"
+    assert not lives(child.pid, now + 60), "it has ended, and nobody has asked for its exit code yet"
     child.wait()
 
 
 def test_a_run_that_ends_between_two_looks_is_not_lost(tmp_path, monkeypatch):
     aged(tmp_path, 1, pid=dead_pid())
-    monkeypatch.setattr(dashboard, "process_lives", lambda pid, beat: write_state(tmp_path, "done") is None)
+    monkeypatch.setattr(dashboard, "lives", lambda pid, before: write_state(tmp_path, "done") is None)
     assert verdict(tmp_path) == ("done", "")
 
 

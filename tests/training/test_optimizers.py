@@ -8,7 +8,7 @@ from peft.optimizers import create_loraplus_optimizer
 from qlora_kit.run.config import RunConfig
 from qlora_kit.data.files import UserError
 from qlora_kit.training.engine import LocalEngine, make_optimizer, optimizer_class, set_lr
-from qlora_kit.run.train import check_choices
+from qlora_kit.run.assemble import check_choices
 
 PAGED = ["paged_adamw_8bit", "paged_adamw_32bit"]
 
