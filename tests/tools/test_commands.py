@@ -48,7 +48,7 @@ def test_the_tree_is_the_one_promised(project):
     promised = """configs/train_config.yaml configs/deepspeed_config.json data/sample_data.json models/__init__.py scripts/train.py
         scripts/inference.py utils/data_utils.py utils/model_utils.py requirements.txt setup.py README.md""".split()
     assert [p for p in promised if not (project / p).is_file()] == []
-    assert "nbs/17_launch.ipynb" in (project / "scripts/train.py").read_text()
+    assert "nbs/tools/07_commands.ipynb" in (project / "scripts/train.py").read_text()
 
 
 def test_both_scripts_run_as_they_stand(project):
