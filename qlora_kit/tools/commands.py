@@ -706,7 +706,10 @@ def run_app(argv:list)->int: # words of the command line → exit code
 def end_process(code:int)->int: # the same code
     "Leave the exit code for whoever launched this; a rank that failed ends here and now, since other ranks may not answer any more."
     told = Path(os.environ.get("QLORA_KIT_TELL", "")) # of this host
-    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists():
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    # every rank finds the same mistake, and torchrun may end the first before it has said so
+    speaks = first or code == 2 and not (told/"exit").exists()
+    if speaks and told.is_absolute() and told.exists():
         write_atomic(told/"exit", str(code), sync=False)
     if code and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         sys.stdout.flush()
