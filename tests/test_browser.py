@@ -18,10 +18,10 @@ pytestmark = pytest.mark.browser
 
 SLOW = """
 import os, time
-from qlora_kit.run import train as kit
+from qlora_kit.training import loop
 from qlora_kit.data.rows import load_conversations
 
-seed_step = kit.seed_step
+seed_step = loop.seed_step
 
 def step(seed, step, rank):
     seed_step(seed, step, rank)
@@ -29,7 +29,7 @@ def step(seed, step, rank):
     if os.environ.get("FAIL") == f"{rank} {step}": raise ValueError("boom <b>in row 7</b>")
 
 def load(path):
-    kit.seed_step = step
+    loop.seed_step = step
     return load_conversations(path)
 """
 DASHBOARD = "from qlora_kit.tools.dashboard import start, watch\n"

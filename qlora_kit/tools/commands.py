@@ -562,7 +562,8 @@ def held_out_rows(target:str, # run folder, adapter folder, or a base model
         raise UserError(f"--data: {data} does not exist; check the path (it is taken from the "
                         "current folder)")
     cfg = plan_config(config) if config.is_file() else RunConfig(data=DataConfig(train_file=str(data)))
-    for name, value in (recorded(adapter) if adapter and not config.is_file() else None or {}).items(): # an adapter without its run
+    alone = adapter and not config.is_file() # an adapter without its run; PEFT's own have no record
+    for name, value in ((recorded(adapter) if alone else None) or {}).items():
         if name == "max_length": cfg.training.max_length = value
         if name in ("system_prompt", "loss_on"): setattr(cfg.data, name, value)
     if data is not None: cfg.data.train_file = cfg.data.validation_file = str(data)

@@ -195,3 +195,15 @@ def test_a_function_that_read_the_rows_reads_them_again_when_it_is_trusted(run, 
     monkeypatch.chdir("/")
     assert run_app(["evaluate", str(run/"hooked"), "--trust-hooks"]) == 2
     assert "there is no utils_of_evaluation.py in /" in capsys.readouterr().err
+
+
+def test_an_adapter_that_nothing_tells_of_is_evaluated_as_any_other(tiny_llama, tiny_config, tmp_path, capsys):
+    """PEFT's own adapters come without a record and without a run."""
+    from qlora_kit.model.loader import load_model
+    from qlora_kit.model.lora import add_lora, save_adapter
+
+    save_adapter(add_lora(load_model(tiny_llama, "none"), r=2, alpha=4, seed=0), load_tokenizer(tiny_llama), tmp_path / "alone", base_model=str(tiny_llama))
+    (tmp_path / "alone/qlora_kit.json").unlink()
+    tiny_config()  # writes rows.json
+    assert run_app(["evaluate", str(tmp_path / "alone"), "--data", str(tmp_path / "rows.json"), "--onto", "original", "--loss-only"]) == 0
+    assert "perplexity" in capsys.readouterr().out
