@@ -102,7 +102,8 @@ class Step:
 def advice(done:Step)->str: # one line
     "What to try when a loss or gradient is not finite."
     if done.number > 1:
-        return f"start a new run with a lower training.learning_rate (now {done.lr})"
+        return ("start a new run with a lower training.learning_rate "
+                f"(this step's rate was {done.lr:.3g})")
     return ("no update came before it, so the cause is in the weights of the base model or of "
             "model.start_adapter, in a row (--debug shows the first batch), or in float16's range "
             "(training.dtype)")
