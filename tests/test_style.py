@@ -42,8 +42,6 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "data.inspector", "model.kernels", "model.loader", "run.assemble", "run.interruptions",
         "run.run_folder", "run.train", "tools.bench", "tools.clock", "tools.commands",
         "tools.contestants", "tools.dashboard"},
-    "unique": {
-        "memory.predict", "run.monitor"},
 }
 
 CALLED_BY_TORCH = {"forward", "backward", "setup_context"}

@@ -13,12 +13,13 @@ from itertools import product
 import torch
 
 from qlora_kit.data.batches import attend_documents
+from qlora_kit.data.files import GB
 from qlora_kit.training.engine import LocalEngine, make_optimizer
 from qlora_kit.training.recompute import set_levels, levels_in_words, LEVELS
 from qlora_kit.model.linear import fast_linears
 from qlora_kit.model.lora import add_lora
 from qlora_kit.training.loss import LossModel
-from qlora_kit.memory.predict import GB, predict, Setup, shape_text, stand_in
+from qlora_kit.memory.predict import predict, Setup, shape_text, stand_in
 from qlora_kit.memory.budget import fill_card, fit_card
 from qlora_kit.model.kernels import fast_pointwise
 

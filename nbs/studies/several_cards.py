@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.data.batches import target_weight
+from qlora_kit.data.files import GB
 from qlora_kit.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, State
 from qlora_kit.training.engine import (
     DeepSpeedEngine, join_ranks, free_port, layer_elements, leave, LocalEngine, make_optimizer,
@@ -43,7 +44,7 @@ from qlora_kit.model.loader import (
     finish_model, is_packed, load_model, packed_hash, quantization_config, scales, skeleton, slots)
 from qlora_kit.model.lora import add_lora, save_adapter
 from qlora_kit.training.loss import LossModel
-from qlora_kit.memory.predict import GB, Setup, shape_text, stand_in
+from qlora_kit.memory.predict import Setup, shape_text, stand_in
 from qlora_kit.memory.budget import fit_card, traffic
 from qlora_kit.run.monitor import resident_bytes
 from qlora_kit.model.kernels import fast_pointwise

@@ -16,9 +16,9 @@ from itertools import product
 import psutil
 import torch
 
-from ..data.files import UserError
+from ..data.files import GB, UserError
 from qlora_kit.memory.predict import (
-    anatomy, by_layer, GB, layer_input, levels_of, predict, Prediction, resident, Setup,
+    anatomy, by_layer, layer_input, levels_of, predict, Prediction, resident, Setup,
     stays_whole)
 from ..training.engine import RankInfo
 from ..training.recompute import DESCENT, HOST_DESCENT, LEVELS, mixed_levels, ROOM

@@ -20,10 +20,10 @@ from pathlib import Path
 import yaml
 from matplotlib.figure import Figure
 
-from ..data.files import need_widgets, show_or_widget, UserError, write_atomic
+from ..data.files import GB, need_widgets, show_or_widget, UserError, write_atomic
 from .budget import fill_card, Fit, fit_card, smallest_change
 from .predict import (
-    GB, levels_of, memory_table, plot_memory, Setup, shape_text, SHAPES)
+    levels_of, memory_table, plot_memory, Setup, shape_text, SHAPES)
 from ..training.recompute import levels_in_words, LEVELS
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner006

@@ -81,10 +81,11 @@ def kit_step(engine, feed, i:int): # → function that fetches the loss
 def large_model(job:dict, cfg, place, tell): # PeftModel
     "Random 4-bit weights without a file, on the rungs that the plan chooses."
     from qlora_kit.data.batches import attend_documents
+    from qlora_kit.data.files import GB
     from qlora_kit.training.recompute import set_levels, levels_in_words
     from qlora_kit.model.linear import fast_linears
     from qlora_kit.model.lora import add_lora
-    from qlora_kit.memory.predict import GB, predict, levels_of, shape_text, stand_in
+    from qlora_kit.memory.predict import predict, levels_of, shape_text, stand_in
     from qlora_kit.model.kernels import fast_pointwise
     from qlora_kit.memory.budget import choose_levels, memory_limit
     from qlora_kit.run.assemble import memory_setup

@@ -7,9 +7,9 @@ from qlora_kit.run import config
 from qlora_kit.memory import predict as memory
 from qlora_kit.memory import planner as module
 from qlora_kit.run.config import RunConfig
-from qlora_kit.data.files import UserError
+from qlora_kit.data.files import GB, UserError
 from qlora_kit.tools.commands import plan_config, recipe_names
-from qlora_kit.memory.predict import GB, Setup
+from qlora_kit.memory.predict import Setup
 from qlora_kit.memory.budget import fit_card, smallest_change
 from dataclasses import replace
 from qlora_kit.memory.planner import (

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from qlora_kit.data.files import UserError
+from qlora_kit.data.files import GB, UserError
 from qlora_kit.training.recompute import HOST_DESCENT, mixed_levels, DESCENT
 from qlora_kit.memory.predict import (
-    anatomy, gathered, GB, kept_in_all, predict, resident, levels_of, Setup, shape_text, stand_in,
+    anatomy, gathered, kept_in_all, predict, resident, levels_of, Setup, shape_text, stand_in,
     trace, trace_level)
 from qlora_kit.memory.budget import (
     changes, fill_card, fit_card, parse_size, smallest_change, traffic)
