@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOCKED', 'launch_command', 'which_cards', 'read_hosts', 'launch_environment', 'family', 'ranks_of', 'Launched',
-           'die_with_parent', 'launch', 'pass_on', 'send', 'pass_on_late', 'wait', 'end_launchers', 'exit_code',
-           'last_word']
+           'die_with_parent', 'launch', 'pass_on', 'wait', 'end_launchers', 'exit_code', 'last_word']
 
 # %% ../../nbs/tools/01_processes.ipynb #toolsprocessesd
 import os
@@ -28,8 +27,8 @@ from ..run.interruptions import keep_locked
 def launch_command(config, # the YAML config
     ranks:int, # processes on each host
     words:list=(), # more words for `train`: overrides, --resume, …
-    hosts:list=(), # (name, slots) of each host of the run; empty: this machine alone
-    node_rank:int|None=None, # place of this machine among the hosts, if every machine launches its own ranks
+    *, hosts:list=(), # (name, slots) of each host of the run; empty: this machine alone
+    node_rank:int|None=None, # place of this machine among the hosts, if each launches its own ranks
     torchrun:bool=False, # instead of the deepspeed command
     port:int=29500, # where the ranks meet, on the first host
     hostfile=None, # the file that `hosts` were read from
@@ -164,7 +163,7 @@ LOCKED = [] # files of launches that end with this process
 def launch(config, # the YAML config
     ranks:int=1, # processes on this machine, or on each host
     words:list=(), # overrides and options for `train`
-    output:bool=False, # True: prints into a file, and the run outlives this process; False: prints here, and ends with it
+    *, output:bool=False, # print into a file and outlive this process, not here and end with it
     timeout:float|None=None, # seconds that a message between ranks may take
     show=None, # called with the command line
     **where, # hosts, hostfile, node_rank, torchrun, port: as for `launch_command`
@@ -195,27 +194,14 @@ def pass_on(self:Launched, # the run
     receivers = processes
     if ranks and number != signal.SIGKILL: receivers = ranks
     elif number != signal.SIGKILL and self.ranks > 1: number = signal.SIGTERM
-    for p in receivers: send(p, number)
-    self.reached |= {p.pid for p in receivers}
+    _signal_all(self, receivers, number)
 
-def send(p:psutil.Process, # may have ended
-    number:int, # signal
-    )->None:
-    "Signal a process if it is there."
-    try: p.send_signal(number)
-    except psutil.Error: pass
+def _signal_all(run, processes, number): # some may have ended meanwhile
+    for p in processes:
+        run.reached.add(p.pid)
+        try: p.send_signal(number)
+        except psutil.Error: pass
 
-# %% ../../nbs/tools/01_processes.ipynb #17launch052a
-def pass_on_late(self:Launched, # the run
-    ranks:dict, # rank → process
-    )->None:
-    "Signal ranks that were started after a signal had been passed on."
-    for p in ranks.values():
-        if not self.asked or p.pid in self.reached: continue
-        self.reached.add(p.pid)
-        send(p, self.asked[-1][0])
-
-Launched.pass_on_late = pass_on_late
 Launched.pass_on = pass_on
 
 # %% ../../nbs/tools/01_processes.ipynb #17launch054
@@ -225,13 +211,15 @@ def wait(self:Launched, # the run
     )->int: # exit code of the run
     "Wait until every process of this launch has ended."
     from qlora_kit.run.run_folder import lives
-    ranks, since, empty = {}, None, 0
+    ranks = {}
+    since, empty = None, 0
     while self.process.poll() is None or empty < 2:
         while signals: self.pass_on(signals.pop(0))
         alive = family(self.mailbox)
         empty = 0 if alive else empty+1
         here = ranks_of(alive, self.alone)
-        self.pass_on_late(here)
+        late = [p for p in here.values() if self.asked and p.pid not in self.reached]
+        if late: _signal_all(self, late, self.asked[-1][0])
         if self.process.poll() and not self.alone: end_launchers(alive)
         if len(ranks) < self.ranks: ranks |= here
         if any(not lives(p) for p in ranks.values()): since = since or time.monotonic()
@@ -239,6 +227,8 @@ def wait(self:Launched, # the run
             for p in family(self.mailbox): p.kill()
         time.sleep(0.3)
     return self.exit_code()
+
+Launched.wait = wait
 
 # %% ../../nbs/tools/01_processes.ipynb #17launch054a
 def end_launchers(processes:list, # of a launch whose command has died
@@ -263,7 +253,7 @@ def exit_code(self:Launched, # a run that has ended
     if self.run and self.state().get("state") == "running": last_word(self.run)
     return code
 
-Launched.wait, Launched.exit_code = wait, exit_code
+Launched.exit_code = exit_code
 
 # %% ../../nbs/tools/01_processes.ipynb #17launch056a
 def last_word(run:Path, # a run folder
