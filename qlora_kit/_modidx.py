@@ -203,6 +203,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'qlora_kit.data.tokens._name': ('data/tokens.html#_name', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._pieces': ('data/tokens.html#_pieces', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._render': ('data/tokens.html#_render', 'qlora_kit/data/tokens.py'),
+                                       'qlora_kit.data.tokens._rewritten': ('data/tokens.html#_rewritten', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._some_left': ('data/tokens.html#_some_left', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._special': ('data/tokens.html#_special', 'qlora_kit/data/tokens.py'),
                                        'qlora_kit.data.tokens._start': ('data/tokens.html#_start', 'qlora_kit/data/tokens.py'),

@@ -17,23 +17,23 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "data.inspector", "model.explorer", "model.kernels", "model.linear", "model.loader",
         "model.lora", "model.sharded", "run.assemble", "run.checkpoint", "run.config",
         "run.interruptions", "run.monitor", "run.run_folder", "run.train", "tools.bench",
-        "tools.clock", "tools.commands", "tools.compare", "tools.contestants",
-        "tools.dashboard", "training.loss", "use.generate", "use.merge"},
+        "tools.clock", "tools.commands", "tools.compare", "tools.contestants", "tools.dashboard",
+        "training.loss", "use.generate", "use.merge"},
     "one_act_a_line": {
         "model.kernels"},
     "no_hidden_branch": {
         "run.interruptions"},
     "short_packs": {
-        "data.batches", "data.inspector", "data.rows", "data.tokens", "memory.planner",
-        "memory.predict", "model.explorer", "model.kernels", "model.linear", "model.loader",
-        "model.lora", "run.assemble", "run.interruptions", "run.monitor", "run.trackers",
-        "tools.bench", "tools.clock", "tools.commands", "tools.contestants", "tools.dashboard",
-        "training.engine", "training.loop", "training.loss", "training.recompute",
-        "training.zero", "use.chat", "use.evaluate", "use.generate", "use.merge"},
-    "few_by_position": {
-        "data.batches", "model.linear", "model.loader", "run.assemble", "run.monitor",
-        "run.train", "tools.bench", "tools.commands", "training.loss", "use.chat",
+        "data.batches", "data.inspector", "data.rows", "memory.planner", "memory.predict",
+        "model.explorer", "model.kernels", "model.linear", "model.loader", "model.lora",
+        "run.assemble", "run.interruptions", "run.monitor", "run.trackers", "tools.bench",
+        "tools.clock", "tools.commands", "tools.contestants", "tools.dashboard", "training.engine",
+        "training.loop", "training.loss", "training.recompute", "training.zero", "use.chat",
         "use.evaluate", "use.generate", "use.merge"},
+    "few_by_position": {
+        "data.batches", "model.linear", "model.loader", "run.assemble", "run.monitor", "run.train",
+        "tools.bench", "tools.commands", "training.loss", "use.chat", "use.evaluate",
+        "use.generate", "use.merge"},
     "named_arguments": {
         "data.batches", "memory.predict", "model.kernels", "tools.commands", "training.engine",
         "training.loss", "use.trained"},
