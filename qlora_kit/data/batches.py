@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shuffled', 'global_batch', 'micro_batches', 'Weighted', 'pad', 'count_targets', 'pack', 'check_packing', 'best_fit',
-           'epoch_plan', 'Feed', 'step', 'batches', 'example', 'count', 'whole_batches', 'target_weight', 'row_weights',
-           'document_mask', 'one_by_one', 'worth_a_plan', 'cudnn_attention', 'document_attention', 'attend_documents',
+           'epoch_plan', 'Feed', 'epoch', 'step', 'count', 'example', 'batches', 'whole_batches', 'target_weight',
+           'row_weights', 'document_mask', 'worth_a_plan', 'cudnn_attention', 'document_attention', 'attend_documents',
            'document_starts']
 
 # %% ../../nbs/data/04_batches.ipynb #02batches002
@@ -34,7 +34,6 @@ def _order(n, seed, epoch):
     "Row numbers [n] in the order of one epoch."
     return np.random.default_rng([seed, epoch]).permutation(n)
 
-# %% ../../nbs/data/04_batches.ipynb #02batches009
 def shuffled(
     n:int, # rows in the data set
     seed:int, # of the run, 0 or more
@@ -70,16 +69,16 @@ def micro_batches(
     lengths:list[int], # lengths[row] is the number of tokens of that row, for the whole data set
     batch_size:int, # B, most rows that one rank takes through the model at once
     accumulation:int, # k, micro-batches of one rank in a step
+    *,
     rank:int=0, # this rank, 0..W-1
     ranks:int=1, # W
 )->list[list[int]]: # exactly k lists of at most B row numbers; an empty one calls for the filler
     "The share of one rank: rows of similar length together, similar amounts for all ranks."
     n, room = len(rows), batch_size*accumulation*ranks
     if n > room or not 0 <= rank < ranks:
-        raise UserError(f"{n} rows for rank {rank}: batch_size={batch_size} × "
-                        f"accumulation={accumulation} × ranks={ranks} takes "
-                        f"{room} rows on ranks 0 to {ranks-1}; raise accumulation or take smaller "
-                        "global batches")
+        raise UserError(f"{n} rows for rank {rank}: batch_size={batch_size} × accumulation="
+                        f"{accumulation} × ranks={ranks} takes {room} rows on ranks 0 to {ranks-1};"
+                        " raise accumulation or take smaller global batches")
     rounds = -(-n // (batch_size*ranks))
     shares, loads = [[] for _ in range(ranks)], [0]*ranks
     for chunk in _chunks(rows, lengths, rounds*ranks):
@@ -183,7 +182,8 @@ def best_fit(
         raise UserError(f"row {longest} has {lengths[longest]} tokens, and a packed sequence holds "
                         f"{capacity}; raise training.max_length, or let it cut the row")
     # open_[room]: sequences with that many tokens free; rooms: the keys of open_, ascending
-    sequences, open_, rooms = [], {}, []
+    sequences, rooms = [], []
+    open_ = {}
     for row in sorted(rows, key=lambda row: -lengths[row]):
         i = bisect_left(rooms, lengths[row])
         room = rooms[i] if i < len(rooms) else capacity
@@ -244,19 +244,34 @@ class Feed:
         self.sequences = sum(map(len, self.epoch(0)))
         self.per_epoch = len(self.epoch(0))
 
-    def epoch(self, epoch:int)->list: # as `epoch_plan`
-        "All steps of an epoch."
-        if epoch not in self._kept:
-            self._kept = {epoch: epoch_plan(self.lengths, self.size, seed=self.seed, epoch=epoch,
-                                            capacity=self.capacity,
-                                            group_by_length=self.group_by_length)}
-        return self._kept[epoch]
-
 # %% ../../nbs/data/04_batches.ipynb #02batches113
+def epoch(self:Feed, epoch:int)->list: # as `epoch_plan`
+    "All steps of an epoch."
+    if epoch not in self._kept:
+        self._kept = {epoch: epoch_plan(self.lengths, self.size, seed=self.seed, epoch=epoch,
+                                        capacity=self.capacity,
+                                        group_by_length=self.group_by_length)}
+    return self._kept[epoch]
+
 def step(self:Feed, step:int)->list[list[int]]: # sequences, each a list of rows
     "What optimizer step `step` (0-based, over all epochs) learns from, all ranks together."
     epoch, i = divmod(step, self.per_epoch)
     return self.epoch(epoch)[i]
+
+def count(self:Feed, step:int)->tuple[int,int]: # rows, tokens without pads
+    "How much a step sees, over all ranks."
+    rows = [r for s in self.step(step) for r in s]
+    return len(rows), sum(self.lengths[r] for r in rows)
+
+Feed.epoch, Feed.step = epoch, step
+Feed.count = count
+
+# %% ../../nbs/data/04_batches.ipynb #02batches113c
+def example(self:Feed, row:int)->Example: # with its weight, if rows have any
+    "A row by its number."
+    e = self.examples[row]
+    if self.weights is None: return e
+    return Weighted(e.ids, e.targets, where=e.where, weight=self.weights[e.where])
 
 def batches(self:Feed, step:int, rank:int=0)->Iterator[dict]: # exactly k, of `pad` or `pack`
     "The micro-batches of one rank in a step; a filler where it has run out."
@@ -269,17 +284,7 @@ def batches(self:Feed, step:int, rank:int=0)->Iterator[dict]: # exactly k, of `p
         elif self.joined: yield pack([[e for e, in rows]], self.pad_id)
         else: yield pad([e for e, in rows], self.pad_id)
 
-def example(self:Feed, row:int)->Example: # with its weight, if rows have any
-    "A row by its number."
-    e = self.examples[row]
-    return e if self.weights is None else Weighted(e.ids, e.targets, e.where, self.weights[e.where])
-
-def count(self:Feed, step:int)->tuple[int,int]: # rows, tokens without pads
-    "How much a step sees, over all ranks."
-    rows = [r for s in self.step(step) for r in s]
-    return len(rows), sum(self.lengths[r] for r in rows)
-
-Feed.step, Feed.batches, Feed.example, Feed.count = step, batches, example, count
+Feed.example, Feed.batches = example, batches
 
 # %% ../../nbs/data/04_batches.ipynb #02batches121
 def whole_batches(
@@ -344,7 +349,7 @@ def document_mask(
     return ((which[..., None] == which[..., None, :]) & (ago >= 0) & (ago < (window or T)))
 
 # %% ../../nbs/data/04_batches.ipynb #02batches135b
-def one_by_one(
+def _one_by_one(
     attend:Callable, # (query, key, value, mask) → (result [B,T,H,d], …), causal without a mask
     query:torch.Tensor, # [B,H,T,d]
     key:torch.Tensor, # [B,K,T,d], K divides H
@@ -362,11 +367,18 @@ def one_by_one(
 # torch 2.11 takes fewer keys than queries unasked
 _GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
-def _kernel_takes(query, dropout):
+def _kernel_takes(query, dropout)->bool:
     "May `varlen_attn` compute this? It takes 16-bit numbers, heads of up to 256 in eights."
     width = query.shape[-1]
     if not query.is_cuda or dropout: return False
     return query.dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+def _by_kernel(query, key, value, starts, *, scaling, sliding_window)->torch.Tensor: # [B,T,H,d]
+    B, _, T, _ = query.shape
+    window = (sliding_window-1 if sliding_window else -1, 0)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    return varlen_attn(q, k, v, starts, starts, T, T, scale=scaling, window_size=window,
+                       **_GROUPED).unflatten(0, (B, T))
 
 # %% ../../nbs/data/04_batches.ipynb #02batches137yd
 def worth_a_plan(
@@ -397,20 +409,18 @@ def document_attention(
     sliding_window:int|None=None, # tokens that a token sees, itself included
     **kwargs, # handed to SDPA
 )->tuple[torch.Tensor,None]: # [B,T,H,d]; weights are not returned
-    "Attention that is told where documents begin; registered with transformers as `documents`."
+    "Attention inside the borders of documents; registered with transformers as `documents`."
     (B, _, T, _), mask = query.shape, attention_mask
-    told = mask is not None and mask.dtype == torch.int32
-    if told and mask.shape[-1] == B+1 and T <= (sliding_window or T):
-        told, mask = False, None # each row is one document
+    bordered = mask is not None and mask.dtype == torch.int32
+    if bordered and mask.shape[-1] == B+1 and T <= (sliding_window or T):
+        bordered, mask = False, None # each row is one document
     sdpa = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
-    if told and _kernel_takes(query, dropout):
-        starts, window = mask.flatten(), (sliding_window-1 if sliding_window else -1, 0)
-        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-        return varlen_attn(q, k, v, starts, starts, T, T, scale=scaling, window_size=window,
-                           **_GROUPED).unflatten(0, (B, T)), None
-    if told and query.device.type == "cpu" and not sliding_window:
-        return one_by_one(sdpa, query, key=key, value=value, documents=mask.flatten()), None
-    if told: mask = document_mask(mask.flatten(), (B, T), sliding_window)
+    if bordered and _kernel_takes(query, dropout):
+        return _by_kernel(query, key, value=value, starts=mask.flatten(), scaling=scaling,
+                          sliding_window=sliding_window), None
+    if bordered and query.device.type == "cpu" and not sliding_window:
+        return _one_by_one(sdpa, query, key=key, value=value, documents=mask.flatten()), None
+    if bordered: mask = document_mask(mask.flatten(), (B, T), sliding_window)
     with cudnn_attention(worth_a_plan(T)): return sdpa(query, key, value, mask)
 
 # %% ../../nbs/data/04_batches.ipynb #02batches139
@@ -429,6 +439,7 @@ def attend_documents(
     base.set_attn_implementation("documents")
     return True
 
+# %% ../../nbs/data/04_batches.ipynb #02batches139a
 def document_starts(
     model, # as in `attend_documents`
     ids:torch.Tensor, # [B,T] token ids

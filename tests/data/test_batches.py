@@ -44,25 +44,25 @@ def test_micro_batches_of_all_ranks_are_the_rows_each_once(B, k, W):
     lengths = [rng.randint(1, 400) for _ in range(1000)]
     for n in sorted({0, 1, min(W, B*k*W), B*k*W//2, B*k*W - 1, B*k*W}):
         rows = rng.sample(range(1000), n)
-        ranks = [micro_batches(rows, lengths, B, k, rank, W) for rank in range(W)]
+        ranks = [micro_batches(rows, lengths, B, k, rank=rank, ranks=W) for rank in range(W)]
         assert all(len(rank) == k for rank in ranks) and all(len(m) <= B for rank in ranks for m in rank)
         assert sorted(r for rank in ranks for m in rank for r in m) == sorted(rows)
-        assert ranks == [micro_batches(rows[::-1], lengths, B, k, rank, W) for rank in range(W)]
+        assert ranks == [micro_batches(rows[::-1], lengths, B, k, rank=rank, ranks=W) for rank in range(W)]
         rounds = -(-n // (B*W))  # no more passes than are needed, on any rank
         assert all(not m for rank in ranks for m in rank[rounds:])
         if n >= W: assert all(rank[0] for rank in ranks)
 
 
 def test_one_row_too_many_and_a_rank_that_is_not_there():
-    with pytest.raises(UserError, match="9 rows .*takes 8 rows.*accumulation"): micro_batches(list(range(9)), [1]*9, 2, 2, 0, 2)
-    with pytest.raises(UserError, match="rank 2.*ranks 0 to 1"): micro_batches([0], [1], 2, 2, 2, 2)
+    with pytest.raises(UserError, match="9 rows .*takes 8 rows.*accumulation"): micro_batches(list(range(9)), [1]*9, 2, 2, ranks=2)
+    with pytest.raises(UserError, match="rank 2.*ranks 0 to 1"): micro_batches([0], [1], 2, 2, rank=2, ranks=2)
     with pytest.raises(UserError, match="size=0"): global_batch(3, 0, 0, 0)
 
 
 def test_sorting_pays_and_ranks_stay_level():
     rng = random.Random(0)
     lengths = [int(rng.lognormvariate(4.5, 0.7)) + 1 for _ in range(256)]
-    ranks = [micro_batches(list(range(256)), lengths, 4, 8, rank, 8) for rank in range(8)]
+    ranks = [micro_batches(list(range(256)), lengths, 4, 8, rank=rank, ranks=8) for rank in range(8)]
     computed = sum(len(m)*max(lengths[r] for r in m) for rank in ranks for m in rank)
     assert 1 - sum(lengths)/computed < 0.08  # about 0.45 in shuffled order
     tokens = [sum(lengths[r] for m in rank for r in m) for rank in ranks]
@@ -137,7 +137,7 @@ def test_padded_feed_is_global_batch_dealt_and_padded(B, k, W):
     feed, lengths = Feed(rows, 9, B, k, W, seed=5), [len(e.ids) for e in rows]
     for step, rank in itertools.product(range(2*feed.per_epoch), range(W)):
         taken = global_batch(50, B*k*W, step, 5)[1]
-        expected = [pad([rows[r] for r in m], 9) for m in micro_batches(taken, lengths, B, k, rank, W)]
+        expected = [pad([rows[r] for r in m], 9) for m in micro_batches(taken, lengths, B, k, rank=rank, ranks=W)]
         got = list(feed.batches(step, rank))
         assert len(got) == k and all(a.keys() == b.keys() and all(torch.equal(a[x], b[x]) for x in a) for a,b in zip(got, expected, strict=True))
         assert feed.count(step) == (len(taken), sum(lengths[r] for r in taken))
@@ -231,14 +231,14 @@ def test_packed_is_each_document_alone(name, device):
         loss.backward()
         total += loss.item() if n else 0.0  # the mean over no targets is no number
     reference = {n: p.grad.clone() for n,p in model.named_parameters()}
-    for told in (False, True):
-        if told and not attend_documents(model): assert "eager" in name; continue
+    for by_documents in (False, True):
+        if by_documents and not attend_documents(model): assert "eager" in name; continue
         model.zero_grad()
         loss = LossModel(model)(**there(pack(sequences, 0)))
         loss.backward()
         assert loss.item() == pytest.approx(total, rel=1e-5)
         worst = max(((p.grad - reference[n]).norm()/reference[n].norm()).item() for n,p in model.named_parameters())
-        assert worst < 1e-5, (told, worst)
+        assert worst < 1e-5, (by_documents, worst)
         check_packing(lambda b: LossModel(model)(**there(b)), tolerance=0.0)
 
 
