@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAULTS', 'answer_ends', 'faults_of', 'Finding', 'length_bars', 'Findings', 'find_faults', 'Sequence', 'sequences_of',
-           'count_documents', 'show_batch', 'padding_share', 'Inspector', 'inspect_rows', 'Stills', 'findings_report',
-           'row_text', 'batch_text']
+           'show_batch', 'padding_share', 'Inspector', 'inspect_rows', 'Stills', 'findings_report', 'row_text',
+           'batch_text']
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector002
 from collections.abc import Callable, Iterable
@@ -40,16 +40,18 @@ def answer_ends(
     return [back(i) for i in stops]
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector014
-FAULTS = {"no targets": "a run leaves such rows out; raise training.max_length or shorten the "
-                        "question",
-          "cut at max_length": "the end of the row is lost; raise training.max_length or shorten "
-                               "the row",
-          "answer without end": "the model would not learn to stop; end each answer with an end "
-                                "token (encode does, with any chat template)",
-          "two BOS": "drop the mark from the text, or tokenise with add_special_tokens=False",
-          "duplicate": "the same tokens as in an earlier row; keep one of them, unless it shall "
-                       "count twice"}
+FAULTS = { # what is wrong → what to do
+    "no targets":
+        "a run leaves such rows out; raise training.max_length or shorten the question",
+    "cut at max_length":
+        "the end of the row is lost; raise training.max_length or shorten the row",
+    "answer without end": "the model would not learn to stop; end each answer with an end token "
+                          "(encode does, with any chat template)",
+    "two BOS": "drop the mark from the text, or tokenise with add_special_tokens=False",
+    "duplicate":
+        "the same tokens as in an earlier row; keep one of them, unless it shall count twice"}
 
+# %% ../../nbs/data/05_inspector.ipynb #02binspector014a
 def faults_of(
     e:Example, # one conversation
     following:Example|None, # the example after it
@@ -58,7 +60,7 @@ def faults_of(
     special:set[int], # ids of the special tokens
     bos:int|None, # id of the token that begins a text, if there is one
     blank:Callable, # token id → is it nothing but white space?
-)->list[str]: # keys of `FAULTS`; a duplicate cannot be told from one row
+)->list[str]: # keys of `FAULTS`; a duplicate cannot be seen in one row
     "What is wrong with one example."
     ends = answer_ends(e, blank)
     last = ends[-1] if ends else -1
@@ -66,10 +68,10 @@ def faults_of(
     goes_on = all(e.targets[1:]) and following is not None and following.where == e.where
     cut = max_length is not None and len(e.ids) >= max_length and not complete
     open_ = [i for i in ends if e.ids[i] not in special and not (cut and i == last)]
-    return [name for name, bad in (("no targets", not ends),
-                                   ("cut at max_length", cut and not goes_on), (
-        "answer without end", open_ and not goes_on),
-                                   ("two BOS", bos is not None and e.ids[:2] == [bos, bos])) if bad]
+    found = {"no targets": not ends, "cut at max_length": cut and not goes_on,
+             "answer without end": open_ and not goes_on,
+             "two BOS": bos is not None and e.ids[:2] == [bos, bos]}
+    return [name for name, bad in found.items() if bad]
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector016
 @dataclass
@@ -129,8 +131,10 @@ def find_faults(
     max_length:int|None=None, # the limit that they were encoded with
 )->Findings: # without `padding`, which depends on the batches
     "Count the faults of a data set."
-    special, blank = set(_special(tokenizer)), lru_cache(None)(lambda i: tokenizer.decode([i]).isspace())
-    found, seen, lengths, targets = {name: Finding(name) for name in FAULTS}, set(), [], 0
+    special, targets = set(_special(tokenizer)), 0
+    blank = lru_cache(None)(lambda i: tokenizer.decode([i]).isspace())
+    found = {name: Finding(name) for name in FAULTS}
+    seen, lengths = set(), []
     for i, (e, following) in enumerate(pairwise(chain(examples, [None]))):
         names = faults_of(e, following, max_length=max_length, special=special,
                           bos=tokenizer.bos_token_id, blank=blank)
@@ -150,7 +154,8 @@ def _findings_html(self:Findings)->str:
     def line(f):
         mark = "⚠" if f.count else "✓"
         said = f"{escape(f.some())}<br><i>{escape(f.remedy)}</i>" if f.count else ""
-        return f"<tr><td {cell}>{mark} {f.name}</td><td {cell}><b>{f.count}</b></td><td {cell}>{said}</td></tr>"
+        cells = (f"{mark} {f.name}", f"<b>{f.count}</b>", said)
+        return "<tr>" + "".join(f"<td {cell}>{text}</td>" for text in cells) + "</tr>"
     bars = "\n".join(length_bars(self.lengths))
     return (f'<div style="font-size:90%;line-height:1.4;"><p>{facts}</p><table '
             f'style="margin:0;font-size:100%;">{"".join(map(line, self.faults))}</table>'
@@ -170,33 +175,40 @@ def sequences_of(
     pad_id:int, # what free positions hold
 )->list[Sequence]: # B
     "Take a batch apart again."
-    T, ids, learned = batch["input_ids"].shape[1], batch["input_ids"].tolist(), (batch["labels"] != -100).tolist()
+    ids, learned = batch["input_ids"].tolist(), (batch["labels"] != -100).tolist()
+    T = batch["input_ids"].shape[1]
     def edges(b):
         if "documents" in batch:
             return [i - b*T for i in batch["documents"].tolist() if b*T <= i <= (b+1)*T]
         return [0, int(batch["attention_mask"][b].sum()), T]
     def row(b):
         parts = [Example(ids[b][i:j], learned[b][i:j]) for i, j in pairwise(edges(b)) if i < j]
-        free = len(parts.pop().ids) if set(parts[-1].ids) == {pad_id} and not any(parts[-1].targets) else 0
-        return Sequence(parts, free)
+        last = parts[-1]
+        pads = set(last.ids) == {pad_id} and not any(last.targets)
+        return Sequence(parts[:-1], len(last.ids)) if pads else Sequence(parts, 0)
     return [row(b) for b in range(len(ids))]
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector033
-def count_documents(s:Sequence)->str:
-    return f"{len(s.documents)} document{'s' * (len(s.documents) != 1)}"
+_BOX = "border:1px solid rgba(128,128,128,.6);border-left-width:4px;padding:2px 6px;margin:3px 0;"
+_BAR = "border-left:4px double rgba(128,128,128,.9);padding-left:8px;margin:10px 0;"
+
+def _in_words(s:Sequence, T)->str:
+    return f"{len(s.documents)} document{'s' * (len(s.documents) != 1)} in {T} positions"
 
 def show_batch(
     tokenizer:PreTrainedTokenizerBase, # the one that made the examples
     batch:dict, # from `pad` or `pack`
 )->Html: # shown by a notebook
     "The sequences of a batch, each document in a frame, tokens as in `show_targets`."
-    frame, left = "border:1px solid rgba(128,128,128,.6);border-left-width:4px;padding:2px 6px;margin:3px 0;", "border-left:4px double rgba(128,128,128,.9);padding-left:8px;margin:10px 0;"
-    T = batch["input_ids"].shape[1]
+    def box(style, *texts): return f'<div style="{style}">{"".join(texts)}</div>'
     def document(n, e):
-        return f'<div style="{frame}"><b style="font-size:85%;">▌document {n}, {len(e.ids)} tokens</b>{show_targets(tokenizer, e)}</div>'
+        title = f'<b style="font-size:85%;">▌document {n}, {len(e.ids)} tokens</b>'
+        return box(_BOX, title, show_targets(tokenizer, e))
     def sequence(n, s):
-        free = f'<div style="{frame}border-style:dotted;font-size:85%;">{s.free} positions free, filled with pads</div>' if s.free else ""
-        return f'<div style="{left}"><b>sequence {n}</b>: {count_documents(s)} in {T} positions{"".join(document(i, e) for i, e in enumerate(s.documents, 1))}{free}</div>'
+        inner = [document(i, e) for i, e in enumerate(s.documents, 1)]
+        if s.free: inner.append(box(f"{_BOX}border-style:dotted;font-size:85%;",
+                                    f"{s.free} positions free, filled with pads"))
+        return box(_BAR, f"<b>sequence {n}</b>: {_in_words(s, batch['input_ids'].shape[1])}", *inner)
     return Html("".join(sequence(n, s)
                         for n, s in enumerate(sequences_of(batch, tokenizer.pad_token_id), 1)))
 
@@ -228,7 +240,8 @@ class Inspector:
         "Example `i`, 0-based, and its faults."
         e, faults = self.examples[i], [f.name for f in self.findings.faults if i in f.rows]
         said = f" · ⚠ {', '.join(faults)}" if faults else ""
-        return f"<p><b>{escape(e.where or f'example {i+1}')}</b> · {len(e.ids)} tokens{said}</p>{show_targets(self.tokenizer, e)}"
+        title = f"<b>{escape(e.where or f'example {i+1}')}</b> · {len(e.ids)} tokens{said}"
+        return f"<p>{title}</p>{show_targets(self.tokenizer, e)}"
 
     def step(self, i:int)->str: # HTML
         "The batches of step `i`, 0-based, of the first epoch."
@@ -251,35 +264,48 @@ def inspect_rows(
     "Encode rows as a run would, keep also those that it would leave out, and look at them."
     _check_pad(tokenizer.pad_token_id)
     if packed and max_length is None:
-        raise UserError("packed=True with max_length=None; give the tokens that a packed sequence "
-                        "holds, e.g. max_length=512")
+        raise UserError("packed=True with max_length=None; give the tokens that a packed "
+                        "sequence holds, e.g. max_length=512")
     examples = [e for r in progress(rows, "tokenizing")
                 for e in ([r] if isinstance(r, Example)
                           else encode_turns(tokenizer, r, max_length=max_length, loss_on=loss_on))]
     if not examples:
         raise UserError("rows: received none; give at least one Conversation or Example")
     kept = [e for e in examples if any(e.targets)]
-    feed = Feed(kept, tokenizer.pad_token_id, batch_size=batch_size, capacity=max_length if packed
-                else None) if kept else None
-    findings = find_faults(tokenizer, examples, max_length)
-    findings.padding = padding_share(feed) if feed else None
+    findings, feed = find_faults(tokenizer, examples, max_length), None
+    if kept:
+        feed = Feed(kept, tokenizer.pad_token_id, batch_size=batch_size,
+                    capacity=max_length if packed else None)
+        findings.padding = padding_share(feed)
     return Inspector(tokenizer, examples, feed=feed, findings=findings)
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector045
+def _choices(findings)->dict: # what the dropdown says → numbers of rows
+    n = len(findings.lengths)
+    wrong = {f"{f.name} ({f.count})": f.rows for f in findings.faults if f.count}
+    return {f"all {n} rows": range(n)} | wrong
+
+def _controls(w, chosen, has_batches):
+    "View, rows, previous, next, and the number of what is shown."
+    view = w.ToggleButtons(
+        options=["examples", "batches"], disabled=not has_batches,
+        tooltips=["One row after the other", "What a step takes through the model"])
+    which = w.Dropdown(description="show", options=list(chosen))
+    back = w.Button(description="previous", icon="arrow-left")
+    on = w.Button(description="next", icon="arrow-right")
+    at = w.IntSlider(min=1, max=1, description="row", layout={"width": "380px"})
+    return view, which, back, on, at
+
+# %% ../../nbs/data/05_inspector.ipynb #02binspector045a
 def _inspector_widget(self:Inspector):
     "A new widget; `UserError` without ipywidgets."
-    w = need_widgets()
-    view = w.ToggleButtons(options=["examples", "batches"], tooltips=["One row after the other",
-        "What a step takes through the model"])
-    chosen = {f"all {len(self.examples)} rows": range(len(self.examples))} | {
-        f"{f.name} ({f.count})": f.rows for f in self.findings.faults if f.count}
-    which = w.Dropdown(description="show", options=list(chosen))
-    back, on = w.Button(description="previous",
-                        icon="arrow-left"), w.Button(description="next", icon="arrow-right")
-    at, page = w.IntSlider(min=1, max=1, description="row", layout={"width": "380px"}), w.HTML()
+    w, chosen = need_widgets(), _choices(self.findings)
+    view, which, back, on, at = _controls(w, chosen, has_batches=self.feed is not None)
+    page = w.HTML()
     def draw(*_):
         back.disabled, on.disabled = at.value == at.min, at.value == at.max
-        page.value = self.example(chosen[which.value][at.value-1]) if view.value == "examples" else self.step(at.value-1)
+        if view.value == "batches": page.value = self.step(at.value-1)
+        else: page.value = self.example(chosen[which.value][at.value-1])
     def choose(*_):
         batches = view.value == "batches"
         which.disabled, at.description = batches, "step" if batches else "row"
@@ -289,9 +315,7 @@ def _inspector_widget(self:Inspector):
     back.on_click(lambda _: go(-1))
     on.on_click(lambda _: go(1))
     at.observe(draw, "value")
-    which.observe(choose, "value")
-    view.observe(choose, "value")
-    if self.feed is None: view.disabled = True
+    for control in (which, view): control.observe(choose, "value")
     choose()
     return w.VBox([w.HBox([view, which]), w.HBox([back, at, on]), page,
                    w.HTML(self.findings._repr_html_())])
@@ -337,7 +361,10 @@ def findings_report(
     return Group(table, *remedies, *bars)
 
 # %% ../../nbs/data/05_inspector.ipynb #02binspector063
-def row_text(tokenizer:PreTrainedTokenizerBase, e:Example)->str: # rich markup
+def row_text(
+    tokenizer:PreTrainedTokenizerBase, # the one that made the example
+    e:Example, # one conversation
+)->str: # rich markup
     "`target_text`, with escape characters made visible: data must not steer a terminal."
     return target_text(tokenizer, e).replace("\x1b", "␛")
 
@@ -347,7 +374,8 @@ def batch_text(
 )->str: # rich markup
     "The sequences of a batch for a terminal, each document under a line of its own."
     def sequence(n, s):
-        yield f"[bold]═══ sequence {n}: {count_documents(s)} in {batch['input_ids'].shape[1]} positions, {s.free} of them free ═══[/]"
+        said = _in_words(s, batch["input_ids"].shape[1])
+        yield f"[bold]═══ sequence {n}: {said}, {s.free} of them free ═══[/]"
         for i, e in enumerate(s.documents, 1):
             yield f"[bold]┌─ document {i}, {len(e.ids)} tokens ─[/]\n{row_text(tokenizer, e)}"
     return "\n".join(line for n, s in enumerate(sequences_of(batch, tokenizer.pad_token_id), 1)
