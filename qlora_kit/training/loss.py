@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['sum_in_chunks', 'call_once', 'softmax_', 'gradient_in_chunks', 'KnownGradient', 'gives_gradient', 'head_loss',
-           'target_places', 'target_loss', 'row_lengths', 'add_noise', 'noisy_embeddings', 'split_model', 'LossModel',
-           'check_padding', 'loss_forward']
+           'target_places', 'target_loss', 'row_lengths', 'add_noise', 'split_model', 'LossModel', 'check_padding']
 
 # %% ../../nbs/training/01_loss.ipynb #06loss002
 from collections.abc import Callable
@@ -61,8 +60,8 @@ def call_once(
 def softmax_(
     logits:Tensor, # [n,V]; overwritten with the gradient but for the labels' entries
     at:Tensor, # [n,1] token ids
-    weights:Tensor|None, # [n,1] what each target counts; None: 1
-    softcap:float|None, # Gemma 2: logits are squeezed into ±softcap
+    weights:Tensor|None=None, # [n,1] what each target counts; None: 1
+    softcap:float|None=None, # Gemma 2: logits are squeezed into ±softcap
 )->tuple[Tensor,Tensor]: # summed cross-entropy in nats, fp32 or fp64; the labels' entries [n,1]
     "Cross-entropy and its gradient, in place."
     x = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -97,8 +96,8 @@ def gradient_in_chunks(
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     def piece(part): # its logits are gone before the next one's are made
         logits = linear(hidden[part], head.weight, head.bias)
-        nll, own = softmax_(logits, at[part], None if weights is None else weights[part, None],
-                            softcap)
+        of_part = at[part], None if weights is None else weights[part, None]
+        nll, own = softmax_(logits, *of_part, softcap)
         torch.mm(logits.scatter_(1, at[part], own), head.weight, out=gradient[part])
         return nll
     for i in range(0, len(hidden), chunk): total += piece(slice(i, i + chunk))
@@ -175,7 +174,7 @@ def target_loss(
 def row_lengths(
     input_ids:Tensor, # [B,T]
     attention_mask:Tensor|None=None, # [B,T], 1 for tokens, 0 for padding
-    documents:Tensor|None=None, # int32 [S+1], where documents begin in B·T packed tokens, and the end
+    documents:Tensor|None=None, # int32 [S+1], where documents begin, and the end
 )->Tensor: # [B,T] tokens of the row or document that each token belongs to
     "L of every token."
     if documents is not None:
@@ -184,25 +183,23 @@ def row_lengths(
     if attention_mask is None: return torch.full_like(input_ids, input_ids.shape[1])
     return attention_mask.sum(1, keepdim=True).expand_as(input_ids)
 
+# %% ../../nbs/training/01_loss.ipynb #06loss058a
 def add_noise(
     embedded:Tensor, # [B,T,D]
     lengths:Tensor, # [B,T] from `row_lengths`
     alpha:float, # strength; 5 to 15 in the paper
 )->Tensor: # [B,T,D]
-    "NEFTune (arXiv 2310.05914): uniform noise in ±alpha/√(L·D) on each embedding, from torch's generator."
+    "NEFTune (arXiv 2310.05914): uniform noise in ±alpha/√(L·D) on each embedding."
     noise = torch.empty_like(embedded, dtype=torch.float32).uniform_(-1, 1)
     strength = alpha / (lengths * embedded.shape[-1]).sqrt()
     return embedded + (noise * strength[..., None]).to(embedded.dtype)
 
 # %% ../../nbs/training/01_loss.ipynb #06loss062
 @contextmanager
-def noisy_embeddings(
-    embedding:nn.Module, # ids [B,T] -> [B,T,D]
-    lengths:Tensor, # [B,T] from `row_lengths`
-    alpha:float, # as in `add_noise`
-):
+def _noisy_embeddings(embedding, lengths, alpha):
     "Within `with`, what `embedding` returns carries noise."
-    hook = embedding.register_forward_hook(lambda module, args, embedded: add_noise(embedded, lengths, alpha))
+    def noisy(module, args, embedded): return add_noise(embedded, lengths, alpha)
+    hook = embedding.register_forward_hook(noisy)
     try: yield
     finally: hook.remove()
 
@@ -218,14 +215,13 @@ def split_model(
                if ("logit" in key or "lm_head" in key)
                and "attn" not in key and key != "final_logit_softcapping"
                and value not in (None, False, 1)]
-    unknown += [f"module {key}" for key, module in base.named_children() if module is not decoder
-                and module is not head]
+    unknown += [f"module {key}" for key, module in base.named_children()
+                if module is not decoder and module is not head]
     if decoder is None or head is None: unknown = ["no decoder with a head"]
     if unknown:
         raise UserError(f"base_model: received {name} with {', '.join(unknown)}, which this loss "
-                        "does not know; allowed are models "
-                        "whose logits are head(decoder(ids)), such as Llama, Mistral, Qwen, Gemma, "
-                        "GPT-2")
+                        "does not know; allowed are models whose logits are head(decoder(ids)), "
+                        "such as Llama, Mistral, Qwen, Gemma, GPT-2")
     return decoder, head, config.get("final_logit_softcapping")
 
 # %% ../../nbs/training/01_loss.ipynb #06loss067
@@ -241,23 +237,26 @@ class LossModel(nn.Module):
             raise UserError(f"adapter: received {model.active_peft_config.peft_type.value}, which "
                             "adds tokens; allowed are adapters inside the layers, such as LoRA")
         split_model(model)
-        self.model, self.chunk, self.neftune_alpha = model, chunk, neftune_alpha
+        self.model, self.chunk = model, chunk
+        self.neftune_alpha = neftune_alpha
 
 # %% ../../nbs/training/01_loss.ipynb #06loss069
 def check_padding(
     attention_mask:Tensor, # [B,T], 1 for tokens, 0 for padding
 )->None: # `UserError` for padding before a token; on a card the process fails
-    "Padding stands at the end of each row."
+    "Check that padding is at the end of each row."
     good = (attention_mask[:, 1:] <= attention_mask[:, :-1]).all()
-    text = "attention_mask: received padding before tokens; rows must be padded at their end, as `pad` does it"
+    text = ("attention_mask: received padding before tokens; rows must be padded at their end, "
+            "as `pad` does it")
     if good.is_cuda: torch._assert_async(good, text)
     elif not good: raise UserError(text)
 
 # %% ../../nbs/training/01_loss.ipynb #06loss071
-def loss_forward(self:LossModel,
+def _loss_forward(self:LossModel,
     input_ids:Tensor, # [B,T]
     attention_mask:Tensor|None=None, # [B,T], 1 for tokens, 0 for padding
     labels:Tensor=None, # [B,T], -100 where nothing is learned
+    *,
     weights:Tensor|None=None, # [B,T], what each label counts
     documents:Tensor|None=None, # int32 [S+1], where documents begin in a packed batch
     places:Tensor|None=None, # [N] from `target_places`
@@ -265,13 +264,14 @@ def loss_forward(self:LossModel,
 )->Tensor: # summed cross-entropy in nats, fp32 scalar
     "Run the decoder once, and the head on the targets alone."
     decoder, head, softcap = split_model(self.model)
-    lengths = row_lengths(input_ids, attention_mask, documents) if self.neftune_alpha and self.training else None
     if attention_mask is not None: check_padding(attention_mask)
-    starts = document_starts(decoder, input_ids, documents)
-    with nullcontext() if lengths is None else noisy_embeddings(decoder.get_input_embeddings(),
-        lengths, self.neftune_alpha):
+    starts, noise = document_starts(decoder, input_ids, documents), nullcontext()
+    if self.neftune_alpha and self.training:
+        lengths = row_lengths(input_ids, attention_mask, documents)
+        noise = _noisy_embeddings(decoder.get_input_embeddings(), lengths, self.neftune_alpha)
+    with noise:
         hidden = decoder(input_ids=input_ids, attention_mask=starts, use_cache=False, **extra)[0]
     return target_loss(hidden, labels, head=head, chunk=self.chunk, softcap=softcap,
                        weights=weights, places=places)[0]
 
-LossModel.forward = loss_forward
+LossModel.forward = _loss_forward
