@@ -58,7 +58,7 @@ NOT_READ_AGAIN_OR_UNDER_ANOTHER_NAME = {
     "predict.py": ['(Path(folder)/"config.json").write_text(text'],  # a temporary folder
     "processes.py": ['(mailbox/"output").open("wb")'],  # what a process prints
     "interruptions.py": ['file = path.open("w")'],  # holds nothing but its lock
-    "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(out, "a"'],  # prints, and lines
+    "bench.py": ['log.open("wb")', 'open(job["answer"], "a"', 'open(asked.out, "a"'],  # prints, and lines
     "clock.py": ['open(folder/f"layer-{i}.safetensors", "wb")'],  # prints, lines, and what shape.json vouches for
 }
 

@@ -175,7 +175,7 @@ def test_mistakes_are_found_before_anything_starts(tmp_path, monkeypatch):
     for wrong, said in ((dict(batch="4,2048"), "4x2048"), (dict(against="ours"), "plain, unsloth, liger, trl"), (dict(fields="question"), "prompt=question"),
                         (dict(shape="llama-3.1-70b", rows=str(tmp_path / "rows.json")), "too large"), (dict(shape="gpt-9"), "llama-3.1-8b")):
         with pytest.raises(UserError, match=said):
-            bench.bench(**wrong)
+            bench.bench(bench.BenchOptions(**wrong))
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: type("", (), dict(free=10**9)))
     with pytest.raises(UserError, match="takes 16"):
-        bench.bench(workdir=tmp_path)
+        bench.bench(bench.BenchOptions(workdir=tmp_path))
