@@ -22,7 +22,7 @@ SMALL = HUB["smollm2-135m"]
 
 def planned(cfg, model, ranks):
     """As `qlora-kit plan` sees a run on a card that has bf16; without one here, `auto` would be fp16."""
-    setup = replace(memory_setup(cfg, model, "cuda", ranks=ranks), recompute=cfg.training.recompute) # a run puts auto into rungs when it knows its card
+    setup = replace(memory_setup(cfg, model, "cuda", ranks=ranks), recompute=cfg.training.recompute) # a run puts auto into levels when it knows its card
     return replace(setup, dtype="bfloat16") if cfg.training.dtype == "auto" else setup
 
 
@@ -51,7 +51,7 @@ def test_auto_is_the_highest_rungs_that_fit():
     fit = fit_levels(auto, limit)
     assert fit.fits and fit.setup.recompute != fit_levels(auto, 80*GB).setup.recompute and "layers:" in fit_verdict(fit) and yaml.safe_load(config_text(auto, limit))["training"]["recompute"] == "auto"
     change, then = change_for(auto, int(fit_levels(auto, 0).need*0.9))
-    assert then.fits and "recompute" not in change, "auto is on the last rung already"
+    assert then.fits and "recompute" not in change, "auto is on the last level already"
 
 
 @pytest.mark.parametrize("setup", [

@@ -97,8 +97,8 @@ def test_every_family_is_predicted(shape, family):
         assert predict(replace(s, batch=4)).peak > predict(s).peak > sum(anatomy(s).packed)
 
 
-@pytest.mark.parametrize("rung", ["dense", "none", "pointwise", "mlp", "layer"])
-def test_kept_activations_are_those_that_autograd_keeps(shape, rung):
+@pytest.mark.parametrize("level", ["dense", "none", "pointwise", "mlp", "layer"])
+def test_kept_activations_are_those_that_autograd_keeps(shape, level):
     """The reference runs for real, on a CPU in fp32, and asks autograd through its own hooks."""
     from qlora_kit.training.recompute import set_levels
     from qlora_kit.model.linear import fast_linears
@@ -107,11 +107,11 @@ def test_kept_activations_are_those_that_autograd_keeps(shape, rung):
     from qlora_kit.model.kernels import fast_pointwise
 
     folder = shape("llama", **SMALL)
-    s = Setup(folder, batch=2, length=64, r=4, dtype="float32", device="cpu", recompute=rung)
+    s = Setup(folder, batch=2, length=64, r=4, dtype="float32", device="cpu", recompute=level)
     model = add_lora(stand_in(shape_text(folder), dtype=torch.float32, device="cpu"), r=4, seed=0).train()
     fast_linears(model)
     fast_pointwise(model)
-    set_levels(model, rung)
+    set_levels(model, level)
     known = {x.untyped_storage().data_ptr() for m in model.modules() for x in [*m._parameters.values(), *m._buffers.values()] if x is not None}
     kept, alive = {}, []
 
@@ -124,7 +124,7 @@ def test_kept_activations_are_those_that_autograd_keeps(shape, rung):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         split_model(model)[0](input_ids=torch.zeros(2, 64, dtype=torch.int64), use_cache=False)
     expected = sum(kept.values())
-    assert trace_level(s, rung).kept == pytest.approx(expected, rel=0.03, abs=2.3 * 2 * 64 * 64 * 4)  # beside what is saved live the ids, the embedded tokens (in a recipe) and the output
+    assert trace_level(s, level).kept == pytest.approx(expected, rel=0.03, abs=2.3 * 2 * 64 * 64 * 4)  # beside what is saved live the ids, the embedded tokens (in a recipe) and the output
 
 
 EIGHT, X = Setup("llama-3.1-8b", batch=4), 4 * 2048 * 4096 * 2  # and its hidden states, 64 MiB
@@ -132,8 +132,8 @@ EIGHT, X = Setup("llama-3.1-8b", batch=4), 4 * 2048 * 4096 * 2  # and its hidden
 
 def test_what_waits_in_host_memory_is_known_by_name():
     """A layer on `mlp_host`: both norms' inputs, q and attention's result are as wide as the hidden states, k and v a quarter. On `host`: its input."""
-    for rung, each in (("mlp_host", 4.5), ("host", 1)):
-        assert predict(replace(EIGHT, recompute=rung)).elsewhere == {"activations": 32 * each * X}
+    for level, each in (("mlp_host", 4.5), ("host", 1)):
+        assert predict(replace(EIGHT, recompute=level)).elsewhere == {"activations": 32 * each * X}
     disk = replace(EIGHT, stage=3, ranks=2, offload_param="nvme")
     assert trace_level(disk, "mlp").kept - trace_level(EIGHT, "mlp").kept == 32 * X  # hooks on each linear: without its recipe the MLP's input is kept too
     assert trace_level(replace(disk, offload_param="none"), "mlp") == trace_level(EIGHT, "mlp")
@@ -143,7 +143,7 @@ def test_what_waits_in_host_memory_is_known_by_name():
 
 @pytest.mark.parametrize("size", [48, 24, 12, 9])
 def test_a_card_is_filled_and_not_overfilled(size):
-    """One single step up would be too much; and who has no memory for five tensors a layer walks down the other ladder."""
+    """One single step up would be too much; and who has no memory for five tensors a layer steps down the other way."""
     for host, walk in ((None, HOST_DESCENT), (2 * GB, DESCENT)):
         chosen = fill_card(EIGHT, size * GB, host=host)
         steps = sum(map(walk.index, chosen.recompute))
@@ -245,9 +245,9 @@ class Received(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 place, ids, said = join_ranks(several=True), torch.randint(60, (2, 16)), []
-for folder, rung in json.loads(sys.argv[1]):
+for folder, level in json.loads(sys.argv[1]):
     model = add_lora(load_model(folder), r=4).train()
-    fast_linears(model); fast_pointwise(model); set_levels(model, rung)
+    fast_linears(model); fast_pointwise(model); set_levels(model, level)
     module = LossModel(model)
     elements, trained = layer_elements(module)
     config = zero_config(hidden_size=64, layer=elements, trained=trained)
@@ -269,17 +269,17 @@ def test_a_layer_s_gathers_are_counted(tmp_path):
 
     from qlora_kit.training.engine import free_port
 
-    rungs, folders = ("none", "mlp", "layer"), {L: str(tmp_path / f"{L}") for L in (6, 9)}
+    levels, folders = ("none", "mlp", "layer"), {L: str(tmp_path / f"{L}") for L in (6, 9)}
     for L, folder in folders.items():
         AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL | dict(num_hidden_layers=L, intermediate_size=224))).save_pretrained(folder)
-    cases = [(folder, rung) for folder in folders.values() for rung in rungs]
+    cases = [(folder, level) for folder in folders.values() for level in levels]
     env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
     ranks = [subprocess.Popen([sys.executable, "-c", RANK, json.dumps(cases)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=open(tmp_path / f"out{r}", "w"),
                               stderr=open(tmp_path / f"err{r}", "w")) for r in (0, 1)]
     codes = [p.wait(timeout=300) for p in ranks]
     assert codes == [0, 0], [(tmp_path / f"err{r}").read_text()[-3000:] for r in (0, 1)]
     received = json.loads((tmp_path / "out0").read_text().splitlines()[-1])
-    plans = [traffic(Setup(folder, ranks=2, stage=3, dtype="float32", recompute=rung, r=4)) for folder, rung in cases]
+    plans = [traffic(Setup(folder, ranks=2, stage=3, dtype="float32", recompute=level, r=4)) for folder, level in cases]
     planned = [p["linear layers"] + p["adapter"] for p in plans]
     assert [more - less for less, more in zip(received[:3], received[3:])] == [more - less for less, more in zip(planned[:3], planned[3:])]
 
