@@ -165,10 +165,11 @@ def kept_away(memory:HostMemory, # shared by all layers
     "Let host memory hold what `forward` keeps."
     if not memory.takes(x) or not torch.is_grad_enabled(): return forward(x, *args, **kwargs)
     memory.room, sent = room*x.nbytes, {}
+    least = x.nbytes//8 # `pack` must not hold x
     shared = {address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
     def pack(t):
         if not memory.takes(t) or address(t) in shared: return t
-        if t.untyped_storage().nbytes() < x.nbytes//8: return t
+        if t.untyped_storage().nbytes() < least: return t
         if t.data_ptr() in {w.data_ptr() for w in weights}:
             return t # read anew, since ZeRO-3 moves them
         if address(t) not in sent: # t is held, so that its place stays its own
