@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.training.engine import free_port, LocalEngine, make_optimizer, shard, sharing
-from qlora_kit.training.zero import has_async_io
+from qlora_kit.training.zero import _has_async_io
 
 
 class Net(torch.nn.Module):
@@ -326,16 +326,16 @@ from qlora_kit.model.linear import fast_linears
 from qlora_kit.training.zero import zero_config
 from test_engine import small_llama, train_small
 place, said = join_ranks(several=True), {}
-for rung in ("none", "layer"):
+for level in ("none", "layer"):
     module = small_llama(sys.argv[1], recompute=False, rank=2)
-    fast_linears(module.model); set_levels(module.model, rung)
+    fast_linears(module.model); set_levels(module.model, level)
     elements, trained = layer_elements(module)
     engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(accumulation=2, hidden_size=64, layer=elements, trained=trained), place)
     layer = sum(p.ds_numel*p.element_size() for n, p in module.named_parameters() if ".layers.0." in n and "base_layer" in n)
     with Gathered(engine) as gathered: train_small(engine, [place.rank], 3)
     packed = [sum(size for n, size in sample.items() if "base_layer" in n) for sample in gathered.samples]
     ends = [sum(any(end in n for n in sample) for end in ("embed_tokens", "lm_head")) for sample in gathered.samples]
-    said[rung] = dict(layers=max(packed)/layer, elements=elements/layer, ends=max(ends), seen=len(packed), idle=min(packed))
+    said[level] = dict(layers=max(packed)/layer, elements=elements/layer, ends=max(ends), seen=len(packed), idle=min(packed))
     engine.ds.destroy()
 if place.rank == 0: print(json.dumps(said))
 leave()
@@ -349,11 +349,11 @@ def test_at_most_three_layers_are_gathered_at_any_moment(llama_folder):
         assert 1 <= alive["layers"] <= 3 and alive["elements"] == 1 and alive["ends"] == 1 and alive["seen"] > 60 and alive["idle"] == 0, (name, alive)
 
 
-RUNGS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
+LEVELS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 
 
-def climbed(folder, rung="none", **load):
-    """`small_llama` as a run makes it: fast forms, a rung for its layers."""
+def at_level(folder, level="none", **load):
+    """`small_llama` as a run makes it: fast forms, a level for its layers."""
     from qlora_kit.training.recompute import set_levels
     from qlora_kit.model.linear import fast_linears
     from qlora_kit.model.loader import load_model
@@ -362,7 +362,7 @@ def climbed(folder, rung="none", **load):
     from qlora_kit.model.kernels import fast_pointwise
 
     model = add_lora(load_model(folder, **load), r=2, alpha=8, seed=1)
-    fast_linears(model); fast_pointwise(model); set_levels(model, rung)
+    fast_linears(model); fast_pointwise(model); set_levels(model, level)
     g = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
         if "lora_B" in name: p.data.copy_(torch.randn(p.shape, generator=g)*0.2)
@@ -387,7 +387,7 @@ from qlora_kit.training.engine import (
 from qlora_kit.training.recompute import decoder_layers, mlp_of
 from qlora_kit.model.loader import packed_hash
 from qlora_kit.training.zero import zero_config
-from test_engine import RUNGS, answer, climbed, train_small
+from test_engine import LEVELS, answer, at_level, train_small
 
 class Calls(TorchDispatchMode):
     "Collectives that gather."
@@ -406,27 +406,27 @@ def train(name, module, before=lambda engine: None, **choice):
     said[name] = dict(losses=losses, calls=calls.n, answer=answer(module), packed=packed_hash(module.model))
     return engine
 
-for rung in RUNGS: train(rung, climbed(sys.argv[1], rung)).ds.destroy()
-module, recipes = climbed(sys.argv[1], "mlp"), []
+for level in LEVELS: train(level, at_level(sys.argv[1], level)).ds.destroy()
+module, recipes = at_level(sys.argv[1], "mlp"), []
 for mlp in map(mlp_of, decoder_layers(module.model)):
     mlp.forward = lambda x, inner=mlp.forward: (recipes.append(hasattr(x, "recipe") or not torch.is_grad_enabled()), inner(x))[1]
 train("recipes", module).ds.destroy()
 assert all(recipes) and recipes, "a hook inside of a layer has hidden them"
-train("offload", climbed(sys.argv[1]), offload_param="cpu", offload_optimizer="cpu").ds.destroy()
+train("offload", at_level(sys.argv[1]), offload_param="cpu", offload_optimizer="cpu").ds.destroy()
 
 def look(engine):
     ids = torch.arange(3, 15)[None]
     with torch.no_grad(): said["evaluated"] = [float(engine.forward(dict(input_ids=ids, labels=ids))) for _ in range(3)]
     said["before"] = answer(engine.module)
-train("evaluated first", climbed(sys.argv[1]), look).ds.destroy()
+train("evaluated first", at_level(sys.argv[1]), look).ds.destroy()
 
 kit.make_leaves = lambda *args: [] # matrix by matrix
-engine = train("singly", climbed(sys.argv[1]))
+engine = train("singly", at_level(sys.argv[1]))
 state = engine.state()
 said["went on"] = train_small(engine, [place.rank], 2)
 engine.ds.destroy()
 kit.make_leaves = make_leaves
-module = climbed(sys.argv[1])
+module = at_level(sys.argv[1])
 engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(accumulation=2, hidden_size=64), place)
 engine.load(state, step=5)
 taken = engine.state()
@@ -439,23 +439,23 @@ leave()
 
 @pytest.mark.ranks
 def test_layers_gathered_whole_train_as_one_process_does(llama_folder):
-    """Every rung, 2 micro-batches; recipes, offload, an evaluation and an answer before the first step, a checkpoint of a run that gathered matrix by matrix."""
+    """Every level, 2 micro-batches; recipes, offload, an evaluation and an answer before the first step, a checkpoint of a run that gathered matrix by matrix."""
     from qlora_kit.model.loader import packed_hash
 
     folder, L = llama_folder(layers=3, vocab=2048), 3
-    module = climbed(folder)
+    module = at_level(folder)
     local, before, packed = LocalEngine(module, make_optimizer(module)), answer(module), packed_hash(module.model)
     ids = torch.arange(3, 15)[None]
     with torch.no_grad(): evaluated = float(local.forward(dict(input_ids=ids, labels=ids)))
     alone, after = train_small(local, [0, 1], 5), answer(module)
     said = start(WHOLE, folder)
-    names = (*RUNGS, "recipes", "offload", "evaluated first", "singly")
+    names = (*LEVELS, "recipes", "offload", "evaluated first", "singly")
     for name in names:
         assert said[name]["losses"] == pytest.approx(alone, rel=1e-5), name
         assert said[name]["answer"] == after and said[name]["packed"] == packed, name
     assert said["evaluated"] == pytest.approx([evaluated]*3, rel=1e-5) and said["before"] == before != after
     assert said["taken over"] == pytest.approx(said["went on"], rel=1e-5)
-    for name in RUNGS:  # packed codes forward and backward; once a step the rest of a layer, in two pieces at most; embedding, head, last norm
+    for name in LEVELS:  # packed codes forward and backward; once a step the rest of a layer, in two pieces at most; embedding, head, last norm
         assert said[name]["calls"] <= 2*(2*L + 4) + 2*L + 2, (name, said[name]["calls"])
     assert said["singly"]["calls"] > 3*said["none"]["calls"]
 
@@ -465,10 +465,10 @@ import json, sys
 import torch
 from qlora_kit.training.engine import DeepSpeedEngine, join_ranks, leave, make_optimizer
 from qlora_kit.training.zero import zero_config
-from test_engine import climbed, three_rows
+from test_engine import at_level, three_rows
 place, said = join_ranks(several=True), {}
-for name, folder, rung, load in json.loads(sys.argv[1]):
-    module = climbed(folder, rung, **load)
+for name, folder, level, load in json.loads(sys.argv[1]):
+    module = at_level(folder, level, **load)
     engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(hidden_size=60), place)
     said[name] = three_rows(engine, [place.rank])
     engine.ds.destroy()
@@ -503,11 +503,11 @@ def test_families_train_on_three_ranks_as_in_one_process(tmp_path):
     for name, shape in shapes.items():
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, tie_word_embeddings=name != "qwen2")).save_pretrained(tmp_path / name)
-        cases += [[f"{name} {rung}", str(tmp_path / name), rung, {}] for rung in ("none", "layer")]
+        cases += [[f"{name} {level}", str(tmp_path / name), level, {}] for level in ("none", "layer")]
     cases.append(["plain", str(tmp_path / "llama"), "none", dict(quant_type="none")])
     said = start(FAMILIES, json.dumps(cases), ranks=3)
-    for name, folder, rung, load in cases:
-        module = climbed(folder, rung, **load)
+    for name, folder, level, load in cases:
+        module = at_level(folder, level, **load)
         assert said[name] == pytest.approx(three_rows(LocalEngine(module, make_optimizer(module)), range(3)), rel=1e-5), name
 
 
@@ -516,7 +516,7 @@ def test_what_keeps_layers_from_being_gathered_whole_is_named(llama_folder, caps
     from qlora_kit.training.recompute import decoder_layers
 
     folder, stage3 = llama_folder(), dict(stage=3)
-    module = climbed(folder)
+    module = at_level(folder)
     layers = list(decoder_layers(module.model))
     capsys.readouterr()
     assert layers_of(module) == layers == make_leaves(module, stage3) and all(layer._z3_leaf for layer in layers) and not capsys.readouterr().err
@@ -559,7 +559,7 @@ leave()
 @pytest.mark.ranks
 def test_what_waits_on_nvme_is_in_files_and_trains_the_same(llama_folder, tmp_path):
     """DeepSpeed swaps shards of a megabyte and more: here the three matrices of the MLP, 3.4 MB each, half of it per rank. The same numbers are computed, so the losses are equal."""
-    if not has_async_io(): pytest.skip("libaio is missing: install libaio-dev")
+    if not _has_async_io(): pytest.skip("libaio is missing: install libaio-dev")
     said = {(where, what): value for where, what, value in start(NVME, llama_folder(layers=1, hidden=1536), tmp_path / "nvme")}
     assert said["none", "losses"] == said["params", "losses"] == said["both", "losses"]
     folders = {where: {(folder, rank) for folder, rank, _ in said[where, "files"]} for where in ("none", "params", "both")}
@@ -591,8 +591,8 @@ def test_two_hundred_steps_in_fp16_on_a_card_find_their_scale_and_learn(llama_fo
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("rung", ["dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host"])
-def test_a_step_waits_for_nothing(rung, llama_folder):
+@pytest.mark.parametrize("level", ["dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host"])
+def test_a_step_waits_for_nothing(level, llama_folder):
     """The processor runs ahead of the card: after the first step, a wait anywhere is an error, in padded and in packed batches."""
     from qlora_kit.data.batches import attend_documents, pack, pad
     from qlora_kit.training.engine import Numbers
@@ -607,7 +607,7 @@ def test_a_step_waits_for_nothing(rung, llama_folder):
     model = add_lora(load_model(llama_folder(), dtype=torch.bfloat16, device="cuda:0", quiet=True), 4, 8, dropout=0.05, seed=0)
     fast_linears(model)
     fast_pointwise(model)
-    set_levels(model, rung)
+    set_levels(model, level)
     assert attend_documents(model)
     module = LossModel(model, neftune_alpha=1.0).train()
     engine = LocalEngine(module, make_optimizer(module), device="cuda:0")

@@ -110,7 +110,7 @@ def test_the_shipped_file_serves_every_run():
     (dict(offload_param="nvme", nvme_path="/x", dtype="bfloat16"), "libaio is missing; install libaio-dev"),
 ])
 def test_choices_that_cannot_work(choice, says, monkeypatch):
-    monkeypatch.setattr("qlora_kit.training.zero.has_async_io", lambda: False)
+    monkeypatch.setattr("qlora_kit.training.zero._has_async_io", lambda: False)
     with pytest.raises(UserError, match=says): zero_config(**choice)
 
 
