@@ -17,7 +17,7 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "model.explorer", "model.kernels", "model.linear", "model.loader", "model.lora",
         "model.sharded", "run.assemble", "run.checkpoint", "run.config", "run.interruptions",
         "run.monitor", "run.run_folder", "run.train", "tools.clock", "tools.compare",
-        "tools.contestants", "tools.dashboard", "use.generate", "use.merge"},
+        "tools.contestants", "tools.dashboard", "use.merge"},
     "one_act_a_line": {
         "model.kernels"},
     "no_hidden_branch": {
@@ -26,11 +26,11 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "data.rows", "memory.planner", "memory.predict", "model.explorer", "model.kernels",
         "model.linear", "model.loader", "model.lora", "run.assemble", "run.interruptions",
         "run.monitor", "run.trackers", "tools.clock", "tools.contestants", "tools.dashboard",
-        "training.engine", "training.loop", "use.chat", "use.evaluate", "use.generate",
+        "training.engine", "training.loop", "use.chat", "use.evaluate",
         "use.merge"},
     "few_by_position": {
         "model.linear", "model.loader", "run.assemble", "run.monitor", "run.train", "use.chat",
-        "use.evaluate", "use.generate", "use.merge"},
+        "use.evaluate", "use.merge"},
     "named_arguments": {
         "memory.predict", "model.kernels", "training.engine", "use.trained"},
     "explained": {

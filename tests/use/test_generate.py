@@ -173,8 +173,8 @@ def test_a_stream_computes_one_token_a_step_and_leaves_the_model_as_it_was(token
 
 def test_a_streams_seed_is_its_own(tokenizer):
     model, before = make("llama"), torch.get_rng_state()
-    said = lambda seed, **k: "".join(stream(model, tokenizer, ask(3)[0], 8, temperature=2.0, seed=seed, **k))
-    assert said(1) == said(1) != said(2) and said(None) != said(None) and said(1, top_p=1e-6) == "".join(stream(model, tokenizer, ask(3)[0], 8))
+    said = lambda seed, **k: "".join(stream(model, tokenizer, ask(3)[0], max_new_tokens=8, temperature=2.0, seed=seed, **k))
+    assert said(1) == said(1) != said(2) and said(None) != said(None) and said(1, top_p=1e-6) == "".join(stream(model, tokenizer, ask(3)[0], max_new_tokens=8))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -199,7 +199,7 @@ def test_half_a_character_is_never_shown(tiny_llama):
             from transformers.modeling_outputs import CausalLMOutputWithPast
             return CausalLMOutputWithPast(logits=torch.nn.functional.one_hot(torch.tensor([[next(ids)]]), len(tokenizer)).float())
 
-    assert [p for p in stream(Says(), tokenizer, ask(1)[0], 20) if p] == ["x", "茶", "€", "!"]
+    assert [p for p in stream(Says(), tokenizer, ask(1)[0], max_new_tokens=20) if p] == ["x", "茶", "€", "!"]
 
 
 @pytest.mark.parametrize("settings, words", [(dict(top_p=0), "top_p: received 0"), (dict(top_p=1.1), "top_p"), (dict(max_new_tokens=20), "lower max_new_tokens to 9"), (dict(temperature=-1), "temperature")])
