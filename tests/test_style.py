@@ -16,8 +16,8 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
     "width": {
         "model.explorer", "model.kernels", "model.linear", "model.loader", "model.lora",
         "model.sharded", "run.assemble", "run.checkpoint", "run.config", "run.interruptions",
-        "run.monitor", "run.run_folder", "run.train", "tools.clock", "tools.compare",
-        "tools.contestants", "tools.dashboard", "use.merge"},
+        "run.monitor", "run.run_folder", "run.train", "tools.clock", "tools.contestants",
+        "use.merge"},
     "one_act_a_line": {
         "model.kernels"},
     "no_hidden_branch": {
@@ -25,9 +25,8 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
     "short_packs": {
         "data.rows", "memory.planner", "memory.predict", "model.explorer", "model.kernels",
         "model.linear", "model.loader", "model.lora", "run.assemble", "run.interruptions",
-        "run.monitor", "run.trackers", "tools.clock", "tools.contestants", "tools.dashboard",
-        "training.engine", "training.loop", "use.chat", "use.evaluate",
-        "use.merge"},
+        "run.monitor", "run.trackers", "tools.clock", "tools.contestants", "training.engine",
+        "training.loop", "use.chat", "use.evaluate", "use.merge"},
     "few_by_position": {
         "model.linear", "model.loader", "run.assemble", "run.monitor", "run.train", "use.chat",
         "use.evaluate", "use.merge"},
@@ -35,7 +34,7 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "memory.predict", "model.kernels", "training.engine", "use.trained"},
     "explained": {
         "model.kernels", "model.loader", "run.assemble", "run.interruptions", "run.run_folder",
-        "run.train", "tools.clock", "tools.contestants", "tools.dashboard"},
+        "run.train", "tools.clock", "tools.contestants"},
 }
 
 CALLED_BY_TORCH = {"forward", "backward", "setup_context"}

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['FOLLOWED', 'BLUE', 'ORANGE', 'GREEN', 'VIOLET', 'WIDE', 'HIGH', 'LEFT', 'RIGHT', 'TOP', 'BOTTOM', 'THEME', 'OPEN',
-           'MARKS', 'BUTTONS', 'LABELS', 'Follower', 'read', 'add', 'column', 'thin', 'Line', 'points', 'draw_line',
-           'limits', 'ticks', 'axes', 'describe', 'chart', 'curves', 'patience', 'verdict', 'pace', 'best', 'figures',
-           'tail', 'rank_of', 'before_folder', 'Overview', 'look', 'look_before', 'header', 'log_html', 'as_text',
-           'as_html', 'Dashboard', 'show', 'press', 'tend', 'close', 'watch', 'start']
+           'MARKS', 'BUTTONS', 'LABELS', 'Follower', 'column', 'thin', 'tag', 'Line', 'chart', 'in_grid', 'curves',
+           'patience', 'verdict', 'figures', 'tail', 'rank_of', 'Overview', 'before_folder', 'button_state',
+           'Dashboard', 'show', 'close', 'watch', 'start']
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard002
-import html, re, socket, threading, time
+import html
+import re
+import socket
+import threading
+import time
 from array import array
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,46 +25,44 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
+from ..data.files import in_notebook, need_widgets, UserError
 from ..run.checkpoint import checkpoints, step_of
 from ..run.config import load_config
-from ..data.files import UserError
-from ..data.files import need_widgets
-from .processes import launch, Launched
 from ..run.monitor import ask, parse_line, read_requests
 from ..run.run_folder import lives, read_state
-from ..data.files import in_notebook
+from .processes import launch, Launched
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard009
 FOLLOWED = ("step", "loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mem_gb", "mem_peak_gb",
-    "elapsed_s")
+            "elapsed_s")
 
 class Follower:
     "Columns of a `metrics.jsonl` that grows; a look reads only what was added since the last one."
     def __init__(self,
         run, # run folder
-        most:int=2**21, # bytes that one look reads; the first looks at a long run take what they can
+        most:int=2**21, # bytes that one look reads
     ):
-        self.path,self.most = Path(run)/"metrics.jsonl",most
+        self.path, self.most = Path(run)/"metrics.jsonl", most
         self.forget()
 
     def forget(self):
-        self.offset,self.mark,self.last,self.columns = 0,b"",{},{f:array("d") for f in FOLLOWED}
+        self.offset, self.mark = 0, b""
+        self.last, self.columns = {}, {name:array("d") for name in FOLLOWED}
 
-    def look(self) -> bool: # is there more to read at once?
+    def look(self)->bool: # is there more to read at once?
         "Read on; begin again if the last line is not where it was."
-        try: text = self.read()
+        try: text = self._read()
         except FileNotFoundError:
             self.forget()
             return False
         lines = text[:text.rfind(b"\n") + 1].splitlines(keepends=True)
-        for line in lines: self.add(parse_line(line))
+        for line in lines: self._add(parse_line(line))
         self.offset += sum(map(len, lines))
         self.mark = lines[-1] if lines else self.mark
         return len(text) == self.most
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard011
-def read(self:Follower) -> bytes: # at most `most`; the last line may be torn
-    "What follows the last line that was read."
+def _read(self): # what follows the last line that was read; at most `most` bytes
     with open(self.path, "rb") as file:
         file.seek(self.offset - len(self.mark))
         if file.read(len(self.mark)) != self.mark:
@@ -69,41 +70,50 @@ def read(self:Follower) -> bytes: # at most `most`; the last line may be torn
             file.seek(0)
         return file.read(self.most)
 
-Follower.read = read
-
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard012
-def add(self:Follower, record:dict|None):
-    "One record more; a field that it lacks is NaN there."
+def _add(self, record): # a field that it lacks is NaN there
     if record is None: return
     self.last = record
-    for name,column in self.columns.items():
+    for name, column in self.columns.items():
         value = record.get(name)
         column.append(np.nan if value is None else value)
 
-def column(self:Follower, name:str) -> tuple[np.ndarray, np.ndarray]: # steps and values [N], where the value is finite
-    "A field against the steps at which it was logged."
-    steps,values = np.array(self.columns["step"]),np.array(self.columns[name])
+def column(self:Follower, # a reader
+    name:str, # one of FOLLOWED
+    )->tuple[np.ndarray, np.ndarray]: # steps and values [N], where the value is finite
+    "Return a field against the steps at which it was logged."
+    steps, values = np.array(self.columns["step"]), np.array(self.columns[name])
     there = np.isfinite(values)
-    return steps[there],values[there]
+    return steps[there], values[there]
 
-Follower.add, Follower.column = add, column
+Follower._read, Follower._add = _read, _add
+Follower.column = column
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard019
 def thin(
     steps:np.ndarray, # [N], in order
     values:np.ndarray, # [N], finite
     buckets:int=220, # at most so many points come back
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # of each bucket that holds a point: mean step, least, mean and largest value
-    "A long curve as a band and its middle."
+)->tuple: # arrays: mean step of each bucket that holds a point; least, mean and largest value
+    "Reduce a long curve to a band and its middle."
     place = ((steps - steps[0])/max(steps[-1] - steps[0], 1)*(buckets - 1)).astype(int)
     first = np.flatnonzero(np.diff(place, prepend=-1))
     count = np.diff(np.append(first, len(steps)))
     mean = lambda x: np.add.reduceat(x, first)/count
-    return mean(steps), np.minimum.reduceat(values, first), mean(values), np.maximum.reduceat(values, first)
+    low, high = np.minimum.reduceat(values, first), np.maximum.reduceat(values, first)
+    return mean(steps), low, mean(values), high
+
+# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard021a
+def tag(name:str, # of an HTML or SVG element
+    inside:str="", # HTML
+    **attributes, # `_` in a name stands for `-`
+    )->str:
+    "Write an element."
+    words = "".join(f' {key.replace("_", "-")}="{value}"' for key, value in attributes.items())
+    return f"<{name}{words}>{inside}</{name}>"
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard022
 # at least 3 : 1 on white and on #111111
-BLUE, ORANGE, GREEN, VIOLET = "#2a7fd4", "#c4690f", "#1d8f5f", "#9a5fd0"
+BLUE, ORANGE, GREEN, VIOLET = "#2a7fd4 #c4690f #1d8f5f #9a5fd0".split()
 
 @dataclass
 class Line:
@@ -115,90 +125,102 @@ class Line:
     dash: str = "" # SVG's stroke-dasharray; "" is a solid line
 
     def sample(self)->str: # HTML for a legend
-        stroke = f'<line x1="0" y1="4" x2="26" y2="4" stroke="{self.colour}" stroke-width="2.5" stroke-dasharray="{self.dash}"/>'
-        return f'<svg width="26" height="8" style="vertical-align:middle" aria-hidden="true">{stroke}</svg> {html.escape(self.name)}'
+        stroke = tag("line", x1=0, y1=4, x2=26, y2=4, stroke=self.colour, stroke_width=2.5,
+                     stroke_dasharray=self.dash)
+        look = dict(width=26, height=8, style="vertical-align:middle", aria_hidden="true")
+        return f"{tag('svg', stroke, **look)} {html.escape(self.name)}"
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard023
-WIDE, HIGH, LEFT, RIGHT, TOP, BOTTOM = 440, 190, 54, 8, 8, 22 # pixels of a chart and its margins
-
-def points(x, y)->str: return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
-
-def draw_line(line:Line, to_x, to_y)->str: # SVG; to_x and to_y turn steps and values into pixels
-    "Band and middle of a curve; single points get a dot each, since a line through one point is invisible."
+def _draw_line(line, to_x, to_y): # SVG; to_x and to_y turn steps and values into pixels
+    points = lambda x, y: " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     step, low, mean, high = thin(line.steps, line.values)
-    x, band, few = to_x(step), np.any(high > low), len(step) < 30
-    area = f'<polygon points="{points([*x, *x[::-1]], [*to_y(high), *to_y(low)[::-1]])}" fill="{line.colour}" fill-opacity=".25"/>' if band else ""
-    dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6" fill="{line.colour}"/>'
-                   for a, b in zip(x, to_y(mean))) if few else ""
-    middle = f'<polyline points="{points(x, to_y(mean))}" fill="none" stroke="{line.colour}" stroke-width="1.8" stroke-linejoin="round" stroke-dasharray="{line.dash}"/>'
-    return area + middle + dots
+    x, y = to_x(step), to_y(mean)
+    drawn = tag("polyline", points=points(x, y), fill="none", stroke=line.colour, stroke_width=1.8,
+                stroke_linejoin="round", stroke_dasharray=line.dash)
+    if np.any(high > low):
+        band = points([*x, *x[::-1]], [*to_y(high), *to_y(low)[::-1]])
+        drawn = tag("polygon", points=band, fill=line.colour, fill_opacity=.25) + drawn
+    dots = zip(x, y) if len(step) < 30 else ()
+    return drawn + "".join(tag("circle", cx=f"{a:.1f}", cy=f"{b:.1f}", r=2.6, fill=line.colour)
+                           for a, b in dots)
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard025
-def limits(
-    lines:list[Line], # one point each at least
-    zero:bool, # must 0 be in sight?
-) -> tuple[float, float, float, float]: # first and last step, bottom and top value
-    "What a chart has to show, with a little air."
-    low,high = min(l.values.min() for l in lines),max(l.values.max() for l in lines)
+WIDE, HIGH = 440, 190 # pixels of a chart
+LEFT, RIGHT = 54, 8 # its margins
+TOP, BOTTOM = 8, 22
+
+def _limits(lines, zero): # first and last step, bottom and top value; must 0 be in sight?
+    low, high = min(l.values.min() for l in lines), max(l.values.max() for l in lines)
     air = 0.05*(high - low) or 0.05*abs(high) or 1.
-    first,last = min(l.steps[0] for l in lines),max(l.steps[-1] for l in lines)
+    first, last = min(l.steps[0] for l in lines), max(l.steps[-1] for l in lines)
     return first, max(last, first + 1), 0. if zero else low - air, high + air
 
-def ticks(low:float, high:float, most:int=4, **options)->list: # round numbers between `low` and `high`
+def _ticks(low, high, most=4, **options): # round numbers between
     return [t for t in MaxNLocator(most, **options).tick_values(low, high) if low <= t <= high]
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard026
-def axes(to_x, to_y, box)->str: # SVG; box: from `limits`
-    "Lines across with their values, and steps along the bottom."
+def _axes(to_x, to_y, box): # SVG: lines across with their values, and steps along the bottom
+    def text(x, y, what, anchor):
+        return tag("text", what, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, font_size=11,
+                   fill="currentColor")
+    def line(y):
+        return tag("line", x1=LEFT, x2=WIDE-RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}",
+                   stroke="currentColor", stroke_opacity=.22)
     x0, x1, y0, y1 = box
-    text = lambda x, y, t, anchor: f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="11" fill="currentColor">{t}</text>'
-    line = lambda y: f'<line x1="{LEFT}" x2="{WIDE-RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-opacity=".22"/>'
-    across = [line(to_y(v)) + text(LEFT-6, to_y(v)+4, f"{v:.4g}", "end") for v in ticks(y0, y1)]
-    along = [text(min(to_x(s), WIDE-14), HIGH-6, f"{s:,.0f}", "middle")
-             for s in ticks(x0, x1, most=5, integer=True)]
+    across = [line(to_y(v)) + text(LEFT-6, to_y(v)+4, f"{v:.4g}", anchor="end")
+              for v in _ticks(y0, y1)]
+    along = [text(min(to_x(s), WIDE-14), HIGH-6, f"{s:,.0f}", anchor="middle")
+             for s in _ticks(x0, x1, most=5, integer=True)]
     return "".join(across + along)
-
-def describe(title:str, lines:list[Line])->str: # for those who do not see the chart
-    return f"{title}: " + ("; ".join(f"{l.name} from {l.values[0]:.4g} to {l.values[-1]:.4g}"
-                                     for l in lines) or "nothing yet")
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard028
 def chart(
     title:str, # what is drawn, with its unit
     lines:list[Line], # those without a point are left out
     zero:bool=False, # does the value axis begin at 0?
-) -> str: # HTML: a figure with a legend
-    "Curves over steps, as SVG in the colours of the page."
+)->str: # HTML: a figure with a legend
+    "Draw curves over steps, as SVG in the colours of the page."
     lines = [l for l in lines if len(l.steps)]
-    box = x0, x1, y0, y1 = limits(lines, zero) if lines else (0, 1, 0, 1)
+    box = x0, x1, y0, y1 = _limits(lines, zero) if lines else (0, 1, 0, 1)
     to_x = lambda s: LEFT + (s - x0)/(x1 - x0)*(WIDE - LEFT - RIGHT)
     to_y = lambda v: HIGH - BOTTOM - (v - y0)/(y1 - y0)*(HIGH - TOP - BOTTOM)
-    inside = axes(to_x, to_y, box) + "".join(draw_line(l, to_x, to_y) for l in lines) if lines else ""
-    legend = " &ensp; ".join(l.sample() for l in lines) if len(lines) > 1 else "" if lines else "nothing yet"
-    return ('<figure style="margin:0"><figcaption '
-            f'style="font-size:12px"><b>{html.escape(title)}</b> &ensp; {legend}</figcaption>'
-            f'<svg viewBox="0 0 {WIDE} {HIGH}" style="width:100%;height:auto" role="img" '
-            f'aria-label="{html.escape(describe(title, lines))}">{inside}</svg></figure>')
+    inside = "".join(_draw_line(l, to_x, to_y) for l in lines)
+    if lines: inside = _axes(to_x, to_y, box) + inside
+    legend = " &ensp; ".join(l.sample() for l in lines) if len(lines) > 1 else ""
+    said = "; ".join(f"{l.name} from {l.values[0]:.4g} to {l.values[-1]:.4g}" for l in lines)
+    caption = f"{tag('b', html.escape(title))} &ensp; {legend if lines else 'nothing yet'}"
+    drawn = tag("svg", inside, viewBox=f"0 0 {WIDE} {HIGH}", style="width:100%;height:auto",
+                role="img", aria_label=html.escape(f"{title}: {said or 'nothing yet'}"))
+    return tag("figure", tag("figcaption", caption, style="font-size:12px") + drawn,
+               style="margin:0")
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard030
 # JupyterLab's colours, elsewhere those around
 THEME = "color:var(--jp-content-font-color1,inherit);font-family:var(--jp-ui-font-family,inherit)"
 
-def curves(metrics:Follower)->str: # HTML
-    "Four charts: losses, learning rate, speed, memory."
-    line = lambda field, name, colour=BLUE, dash="": Line(name, *metrics.column(field), colour,
-                                                          dash)
-    charts = [chart("loss, nats per target token", [line("loss", "training"), line("val_loss",
-        "validation", ORANGE, "6 3")]),
-              chart("learning rate", [line("lr", "learning rate", VIOLET)], zero=True),
-              chart("speed, tokens a second", [line("tokens_per_s", "speed", GREEN)], zero=True),
-              chart("memory, GB", [line("mem_gb", "held", BLUE), line("mem_peak_gb", "peak", ORANGE,
-                  "6 3")], zero=True)]
-    return f'<div style="display:grid;grid-template-columns:repeat(auto-fit,minmax(320px,1fr));gap:6px 18px;max-width:900px;{THEME}">{"".join(charts)}</div>'
+def in_grid(charts:list, # HTML each
+    )->str: # HTML
+    "Put charts side by side."
+    columns = "repeat(auto-fit,minmax(320px,1fr))"
+    grid = f"display:grid;grid-template-columns:{columns};gap:6px 18px;max-width:900px"
+    return tag("div", "".join(charts), style=f"{grid};{THEME}")
+
+def curves(metrics:Follower, # of a run
+    )->str: # HTML
+    "Draw losses, learning rate, speed and memory."
+    def line(field, name, colour, dash=""):
+        return Line(name, *metrics.column(field), colour=colour, dash=dash)
+    losses = [line("loss", "training", BLUE), line("val_loss", "validation", ORANGE, dash="6 3")]
+    rate = line("lr", "learning rate", VIOLET)
+    speed = line("tokens_per_s", "speed", GREEN)
+    memory = [line("mem_gb", "held", BLUE), line("mem_peak_gb", "peak", ORANGE, dash="6 3")]
+    return in_grid([chart("loss, nats per target token", losses),
+                    chart("learning rate", [rate], zero=True),
+                    chart("speed, tokens a second", [speed], zero=True),
+                    chart("memory, GB", memory, zero=True)])
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard039
-def patience(metrics:Follower)->float: # seconds
-    "The longest silence of a run that is well."
+def patience(metrics:Follower, # of a run
+    )->float: # seconds
+    "Say how long a run that is well may be silent."
     pauses = np.diff(metrics.columns["elapsed_s"][-50:])
     return max(120., 20*float(np.median(pauses))) if len(pauses) else 900.
 
@@ -206,62 +228,64 @@ def patience(metrics:Follower)->float: # seconds
 def verdict(
     run, # run folder
     patience:float=120., # seconds
-) -> tuple[str, str]: # state in one word, and what there is to say about it
-    "What state.json says, and whether that can be believed."
+)->tuple[str, str]: # state in one word, and what there is to say about it
+    "Say what state.json says, and whether you can believe it."
     said = read_state(run)
-    if said.get("state") != "running": return said.get("state", "starting"), said.get("error") or ""
+    ended = lambda now: (now.get("state", "starting"), now.get("error") or "")
+    if said.get("state") != "running": return ended(said)
     beat = datetime.fromisoformat(said["heartbeat"]).timestamp()
     silence = max(0., time.time() - beat)
     ago = f"its last sign came {tqdm.format_interval(silence)} ago"
-    if said["host"] == socket.gethostname():
-        if not lives(said["pid"], before=beat + 60):
-            if (now := read_state(run)).get("state") != "running":
-                return now.get("state", "starting"), now.get("error") or ""
-            return "lost", f"process {said['pid']} has ended without a word; {ago}. The command train with --resume goes on from the last checkpoint"
-        return ("silent", f"process {said['pid']} lives, but {ago}") if silence > patience else (
-            "running", "")
-    return ("lost", f"no word from {said['host']}; {ago}") if silence > patience else ("running",
-        "")
+    if said["host"] != socket.gethostname():
+        if silence > patience: return "lost", f"no word from {said['host']}; {ago}"
+    elif not lives(said["pid"], before=beat + 60):
+        now = read_state(run)
+        if now.get("state") != "running": return ended(now)
+        return "lost", (f"process {said['pid']} has ended without a word; {ago}. "
+                        "The command train with --resume goes on from the last checkpoint")
+    elif silence > patience: return "silent", f"process {said['pid']} lives, but {ago}"
+    return "running", ""
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard046
-def pace(metrics:Follower)->float|None: # seconds a step; None before the second record
-    "The pace of the last fifty records."
+def _pace(metrics): # seconds a step; None before the second record
     steps, elapsed = metrics.columns["step"][-50:], metrics.columns["elapsed_s"][-50:]
-    return (elapsed[-1] - elapsed[0])/(steps[-1] - steps[0]) if len(steps) > 1 and steps[-1] > steps[0] else None
+    if len(steps) < 2 or steps[-1] <= steps[0]: return None
+    return (elapsed[-1] - elapsed[0])/(steps[-1] - steps[0])
 
-def best(metrics:Follower)->str: # "" before the first evaluation
-    "The last validation loss and the best one."
+def _best(metrics): # the last validation loss and the best one; "" before the first
     steps, values = metrics.column("val_loss")
-    return f"{values[-1]:.4g} (best {values.min():.4g}, step {steps[values.argmin()]:.0f})" if len(values) else ""
+    if not len(values): return ""
+    return f"{values[-1]:.4g} (best {values.min():.4g}, step {steps[values.argmin()]:.0f})"
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard047
 def figures(
     run, # run folder
     metrics:Follower, # its metrics
     state:str, # from `verdict`
-) -> dict[str, str]: # name -> text; what is not known is left out
-    "The numbers worth a glance."
-    last, total, rate = metrics.last, read_state(run).get("total"), pace(metrics)
-    saved = next(iter(checkpoints(run)), None)
-    of = f" of {total:,} ({last['step']/total:.0%})" if total and last else ""
-    left = tqdm.format_interval(rate*(total - last["step"])) if state == "running" and total and rate else ""
+)->dict[str, str]: # name → text; what is not known is left out
+    "Return the numbers worth a glance."
+    last, rate = metrics.last, _pace(metrics)
+    total, saved = read_state(run).get("total"), next(iter(checkpoints(run)), None)
     show = lambda name, form: format(last[name], form) if last.get(name) is not None else ""
-    shown = {"step":show("step", ",") + of, "loss":show("loss", ".4g"), "validation":best(metrics),
-        "learning rate":show("lr", ".2e"),
-             "tokens/s":show("tokens_per_s", ",.0f"), "GB":show("mem_gb", ".2f"),
-             "GB at the peak":show(
-                 "mem_peak_gb", ".2f"),
-             "spent":tqdm.format_interval(last["elapsed_s"]) if last else "", "left":left,
-             "last checkpoint":f"step {step_of(saved):,}" if saved else ""}
-    return {name:text for name,text in shown.items() if text}
+    step, left = show("step", ","), ""
+    if total and last: step += f" of {total:,} ({last['step']/total:.0%})"
+    if state == "running" and total and rate:
+        left = tqdm.format_interval(rate*(total - last["step"]))
+    shown = {
+        "step":step, "loss":show("loss", ".4g"), "validation":_best(metrics),
+        "learning rate":show("lr", ".2e"), "tokens/s":show("tokens_per_s", ",.0f"),
+        "GB":show("mem_gb", ".2f"), "GB at the peak":show("mem_peak_gb", ".2f"),
+        "spent":tqdm.format_interval(last["elapsed_s"]) if last else "", "left":left,
+        "last checkpoint":f"step {step_of(saved):,}" if saved else ""}
+    return {name:text for name, text in shown.items() if text}
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard051
 def tail(
     path, # a text file
     lines:int=8, # how many
     most:int=8192, # bytes read, from the end
-) -> str: # "" if there is no such file
-    "The last lines of a log, without colours and overwritten text."
+)->str: # "" if there is no such file
+    "Return the last lines of a log, without colours and overwritten text."
     try:
         with open(path, "rb") as file:
             file.seek(max(0, file.seek(0, 2) - most))
@@ -271,30 +295,21 @@ def tail(
     kept = [line.rstrip("\r").rpartition("\r")[2].rstrip() for line in text.split("\n")]
     return "\n".join([line for line in kept if line][-lines:])
 
-def rank_of(error:str)->int: # 0 if the error names none
-    "The rank that an error of a run is about."
+def rank_of(error:str, # of a run
+    )->int: # 0 if the error names none
+    "Find the rank that an error is about."
     return int(found[1]) if (found := re.match(r"rank (\d+)\b", error)) else 0
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard054
+# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard055
 # there may be more to see: a lost run may come back, or be resumed
 OPEN = ("starting", "running", "silent", "lost")
-MARKS = {"starting":"◌", "running":"▶", "silent":"◔", "lost":"⚠", "stopped":"■", "done":"✔",
-    "failed":"✖"}
 
-def before_folder(
-    launched:Launched, # has not chosen its folder yet, or has taken it away again
-) -> tuple[str, str]: # state, and what there is to say about it
-    "A launch that is still loading, or has ended with nothing but a line."
-    if not launched.message("exit") and launched.process.poll() is None: return "starting", ""
-    return "failed", tail(launched.mailbox/"output", 1) or f"exit code {launched.exit_code()}"
-
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard055
 class Overview:
     "What a run says of itself, as text, table and curves."
     def __init__(self,
         target, # run folder, or what `launch` returned
     ):
-        self.target,self.metrics = target,None
+        self.target, self.metrics = target, None
         self.look()
 
     @property
@@ -302,55 +317,78 @@ class Overview:
         run = self.target.run if isinstance(self.target, Launched) else Path(self.target)
         return run if run and run.exists() else None
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard057
-def look(self:Overview)->bool: # may there be more to see?
-    "Read what is new."
-    run = self.run
-    if run is None: return self.look_before()
-    self.metrics = self.metrics or Follower(run)
-    self.state, self.text = verdict(run, patience(self.metrics))
-    more = self.metrics.look()
-    self.figures, self.log = figures(run, self.metrics, self.state), tail(run/f"logs/rank-{rank_of(self.text)}.log")
-    return more or self.state in OPEN
+    def look(self)->bool: # may there be more to see?
+        "Read what is new."
+        if self.run is None: return self._look_before()
+        self.metrics = self.metrics or Follower(self.run)
+        self.state, self.text = verdict(self.run, patience(self.metrics))
+        more = self.metrics.look()
+        self.figures = figures(self.run, self.metrics, self.state)
+        self.log = tail(self.run/f"logs/rank-{rank_of(self.text)}.log")
+        return more or self.state in OPEN
 
-def look_before(self:Overview)->bool:
-    "There is no folder, not yet or not any more."
+# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard057
+def before_folder(
+    launched:Launched, # has not chosen its folder yet, or has taken it away again
+)->tuple[str, str]: # state, and what there is to say about it
+    "Describe a launch that is still loading, or has ended with nothing but a line."
+    if not launched.message("exit") and launched.process.poll() is None: return "starting", ""
+    return "failed", tail(launched.mailbox/"output", 1) or f"exit code {launched.exit_code()}"
+
+def _look_before(self): # there is no folder, not yet or not any more
     self.figures, self.log = {}, ""
+    self.state, self.text = "lost", "its folder is gone"
     if isinstance(self.target, Launched):
-        (self.state, self.text), self.log = before_folder(self.target), tail(self.target.mailbox/"output")
-    else: self.state, self.text = "lost", "its folder is gone"
+        self.state, self.text = before_folder(self.target)
+        self.log = tail(self.target.mailbox/"output")
     return self.state == "starting"
 
-Overview.look, Overview.look_before = look, look_before
+Overview._look_before = _look_before
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard059
-def header(of:Overview)->str: # HTML
-    "State, in a word, a sign and a colour; and the figures."
-    colour = {"done":GREEN, "failed":ORANGE, "lost":ORANGE, "silent":ORANGE}.get(of.state, BLUE)
-    cells = "".join('<div><div '
-                    f'style="font-size:11px">{html.escape(k)}</div><b>{html.escape(v)}</b></div>'
-                    for k,v in of.figures.items())
-    name = html.escape(of.run.name) if of.run else "run"
-    return (f'<div style="border-left:5px solid {colour};padding:2px '
-            f'10px;line-height:1.4;{THEME}"><div>{name}: {MARKS.get(of.state, "")} '
-            f'<b>{html.escape(of.state)}</b> '
-            f'{html.escape(of.text)}</div><div style="display:flex;flex-wrap:wrap;gap:4px '
-            f'22px">{cells}</div></div>')
+MARKS = {"starting":"◌", "running":"▶", "silent":"◔", "lost":"⚠", "stopped":"■", "done":"✔",
+         "failed":"✖"}
 
-def log_html(text:str)->str:
-    "The last lines of a log."
-    return f'<pre style="margin:4px 0;padding:4px 15px;font-size:11px;white-space:pre-wrap;background:transparent;{THEME.partition(";")[0]}">{html.escape(text)}</pre>' if text else ""
+def _header(of): # HTML: state, in a word, a sign and a colour; and the figures
+    colour = ORANGE if of.state in ("failed", "lost", "silent") else BLUE
+    if of.state == "done": colour = GREEN
+    cells = [tag("div", tag("div", html.escape(k), style="font-size:11px") + tag("b", html.escape(v)))
+             for k, v in of.figures.items()]
+    name = html.escape(of.run.name) if of.run else "run"
+    state = f"{MARKS.get(of.state, '')} {tag('b', html.escape(of.state))} {html.escape(of.text)}"
+    grid = tag("div", "".join(cells), style="display:flex;flex-wrap:wrap;gap:4px 22px")
+    return tag("div", tag("div", f"{name}: {state}") + grid,
+               style=f"border-left:5px solid {colour};padding:2px 10px;line-height:1.4;{THEME}")
+
+def _log_html(text): # "" without a log
+    colour = THEME.partition(";")[0]
+    look = f"margin:4px 0;padding:4px 15px;font-size:11px;white-space:pre-wrap;{colour}"
+    return tag("pre", html.escape(text), style=f"{look};background:transparent") if text else ""
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard060
-def as_text(self:Overview)->str:
+def _as_text(self): # state and figures, a line each
     name = self.run.name if self.run else "run"
     return "\n".join([f"{name}: {self.state} {self.text}".rstrip(),
-                      *(f"{k:<16}{v}" for k,v in self.figures.items())])
+                      *(f"{k:<16}{v}" for k, v in self.figures.items())])
 
-def as_html(self:Overview)->str:
-    return header(self) + (curves(self.metrics) if self.metrics else "") + log_html(self.log)
+def _as_html(self): # state, figures, curves and the end of the log
+    return _header(self) + (curves(self.metrics) if self.metrics else "") + _log_html(self.log)
 
-Overview.__repr__, Overview._repr_html_ = as_text, as_html
+Overview.__repr__, Overview._repr_html_ = _as_text, _as_html
+
+# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard066a
+BUTTONS = {"save":"a checkpoint, after the step that every rank is in",
+           "stop":"save and end, after the step that every rank is in"}
+LABELS = {"save":("save now", "saving after this step"),
+          "stop":("stop after this step", "stopping after this step")}
+
+def button_state(name:str, # save or stop
+    of:Overview, # the last look
+    )->tuple[str, bool]: # its label, and whether it is pale
+    "Say what a button shows."
+    open = bool(of.run) and of.state in ("running", "silent")
+    asked = open and name in read_requests(of.run)
+    return LABELS[name][asked], asked or not open
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard067
 class Dashboard:
@@ -360,14 +398,15 @@ class Dashboard:
         every:float=1.0, # seconds between two looks
     ):
         w = need_widgets()
-        self.overview,self.every,self.closed,self.drawn = Overview(target),every,threading.Event(),None
-        self.header,self.curves,self.log = (w.HTML(layout={"width":"100%"}) for _ in range(3))
+        self.overview, self.every = Overview(target), every
+        self.closed, self.drawn = threading.Event(), None
+        self.header, self.curves, self.log = (w.HTML(layout={"width":"100%"}) for _ in range(3))
         self.buttons = {name:w.Button(icon=name, layout={"width":"auto"}, tooltip=tip)
-                        for name,tip in BUTTONS.items()}
-        for name,button in self.buttons.items(): button.on_click(partial(self.press, name))
+                        for name, tip in BUTTONS.items()}
+        for name, button in self.buttons.items(): button.on_click(partial(self._press, name))
         self.box = w.VBox([self.header, w.HBox(list(self.buttons.values())), self.curves, self.log])
         self.show()
-        self.thread = threading.Thread(target=self.tend, daemon=True, name="dashboard")
+        self.thread = threading.Thread(target=self._tend, daemon=True, name="dashboard")
         self.thread.start()
 
     def __repr__(self): return repr(self.overview)
@@ -375,50 +414,43 @@ class Dashboard:
         return self.box._repr_mimebundle_(**options) | {"text/plain":repr(self)}
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard069
-BUTTONS = {"save":"a checkpoint, after the step that every rank is in",
-           "stop":"save and end, after the step that every rank is in"}
-LABELS = {"save":("save now", "saving after this step"), "stop":("stop after this step",
-    "stopping after this step")}
-
-def show(self:Dashboard):
+def show(self:Dashboard)->None:
     "Hand what is known to the browser; what has not changed is not sent."
     run = self.overview
-    asked = read_requests(run.run) if run.run and run.state in ("running", "silent") else set()
-    for name,button in self.buttons.items():
-        button.description,button.disabled = LABELS[name][name in asked],run.state not in (
-            "running", "silent") or name in asked
-    self.header.value,self.log.value = header(run),log_html(run.log)
+    for name, button in self.buttons.items():
+        button.description, button.disabled = button_state(name, run)
+    self.header.value, self.log.value = _header(run), _log_html(run.log)
     if run.metrics and self.drawn != (run.metrics.offset, run.metrics.mark):
-        self.curves.value,self.drawn = curves(run.metrics),(run.metrics.offset, run.metrics.mark)
+        self.curves.value = curves(run.metrics)
+        self.drawn = run.metrics.offset, run.metrics.mark
 
-def press(self:Dashboard, name:str, _button=None):
-    "Ask the run, and show that it was asked."
+def _press(self, name, button): # ask the run, and show that it was asked
     ask(self.overview.run, name)
     self.show()
 
-# %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard071
-def tend(self:Dashboard):
-    "Look and show until the run has ended or the widget is closed."
+def _tend(self): # look and show until the run has ended or the widget is closed
     more = True
     while more and not self.closed.wait(self.every) and self.box.comm is not None:
         try:
             more = self.overview.look()
             self.show()
         except Exception as e:
-            self.header.value = f'<div style="{THEME}">this look failed: {html.escape(f"{type(e).__name__}: {e}")}</div>'
+            said = html.escape(f"this look failed: {type(e).__name__}: {e}")
+            self.header.value = tag("div", said, style=THEME)
 
-def close(self:Dashboard):
+def close(self:Dashboard)->None:
     "End the thread and take the widget away; the run goes on."
     self.closed.set()
     self.box.close()
 
-Dashboard.show, Dashboard.press, Dashboard.tend, Dashboard.close = show, press, tend, close
+Dashboard.show, Dashboard.close = show, close
+Dashboard._press, Dashboard._tend = _press, _tend
 
 # %% ../../nbs/tools/02_dashboard.ipynb #17bdashboard073
 def watch(
     target, # run folder, or what `start` or `launch` returned
     every:float=1.0, # seconds between two looks
-) -> Dashboard|Overview: # an `Overview` where there is no notebook, or no ipywidgets
+)->Dashboard|Overview: # an `Overview` where there is no notebook, or no ipywidgets
     "Show a run while it lives, and after."
     if not isinstance(target, Launched) and not (Path(target)/"state.json").exists():
         raise UserError(f"{target} holds no run: there is no state.json in it; give the folder "
@@ -434,12 +466,13 @@ def start(
     deepspeed=None, # DeepSpeed JSON file of the run
     trust_hooks:bool=False, # run functions that a config of elsewhere names
     **options, # timeout, torchrun, port: as for `launch`
-) -> Launched: # for `watch`; `.run` is its folder, once it is chosen
+)->Launched: # for `watch`; `.run` is its folder, once it is chosen
     "Start a run that outlives this kernel, and return at once."
     load_config(config, overrides, trust_hooks)
-    words = [*overrides, *(("--deepspeed", str(deepspeed)) if deepspeed else ()),
-             *(("--resume", str(resume)) if resume else ()), *[
-        "--trust-hooks"]*trust_hooks]
+    words = list(overrides)
+    if deepspeed: words += ["--deepspeed", str(deepspeed)]
+    if resume: words += ["--resume", str(resume)]
+    if trust_hooks: words.append("--trust-hooks")
     run = launch(config, ranks, words=words, output=True, **options)
     threading.Thread(target=run.wait, daemon=True, name="tend a launch").start()
     return run
