@@ -26,12 +26,12 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "data.rows", "memory.planner", "memory.predict", "model.explorer", "model.kernels",
         "model.linear", "model.loader", "model.lora", "run.assemble", "run.interruptions",
         "run.monitor", "run.trackers", "tools.clock", "tools.contestants", "training.engine",
-        "use.chat", "use.evaluate", "use.merge"},
+        "use.evaluate", "use.merge"},
     "few_by_position": {
-        "model.linear", "model.loader", "run.assemble", "run.monitor", "run.train", "use.chat",
+        "model.linear", "model.loader", "run.assemble", "run.monitor", "run.train",
         "use.evaluate", "use.merge"},
     "named_arguments": {
-        "memory.predict", "model.kernels", "training.engine", "use.trained"},
+        "memory.predict", "model.kernels", "training.engine"},
     "explained": {
         "model.kernels", "model.loader", "run.assemble", "run.interruptions", "run.run_folder",
         "run.train", "tools.clock", "tools.contestants"},
