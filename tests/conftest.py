@@ -109,6 +109,42 @@ def tiny_config(tiny_llama, tmp_path):
     return write
 
 
+TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
+
+
+def run(path, *overrides, **options):
+    """Train a config file."""
+    from qlora_kit.run.config import load_config
+    from qlora_kit.run.train import train
+
+    return train(load_config(path, overrides), path.stem, quiet=True, base=path.parent, **options)
+
+
+def losses(result):
+    """The records of a run without what a clock or the machine decides."""
+    from qlora_kit.run.monitor import read_metrics
+
+    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(result.run)]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama, tmp_path_factory):
+    """An uninterrupted run with a checkpoint at every step; dropout on, accumulation 2."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("whole")
+    write_rows(folder / "rows.json")
+    values = {
+        "model": {"base_model": str(tiny_llama), "lora_r": 4, "lora_dropout": 0.1},
+        "training": {"num_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_length": 96,
+                     "save_steps": 1, "eval_steps": 4, "save_total_limit": 50, "output_dir": str(folder / "runs/whole")},
+        "data": {"train_file": "rows.json", "validation_split": 0.2},
+    }
+    path = folder / "whole.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path, run(path)
+
+
 @pytest.fixture(autouse=True)
 def the_library_as_it_was():
     """Runs replace the library's rotary embedding for the whole process; the next test starts without."""

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from qlora_kit.training.loop import lr_at, train_step
 def kit(cfg, base):
     """A job of the demo and its engine."""
     place, log = join_ranks(), logging.getLogger("qlora_kit")
-    job = make_job(cfg, Path("."), place, base=base, expect=lambda folder, length: predict_memory(cfg, place, None, True, print, log, folder, length))
+    job = make_job(cfg, Path("."), place, base=base, predict=partial(predict_memory, cfg, place, force=True, log=log))
     engine = make_engine(job)
     engine.module.train()
     return job, engine

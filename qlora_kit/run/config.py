@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['Number', 'RECOMPUTE', 'Recompute', 'RUN_FILES', 'OWN_ONLY', 'HOOKS', 'as_number', 'Section', 'ModelConfig',
            'check_recompute', 'StepConfig', 'TrainingConfig', 'DataConfig', 'DeepspeedConfig', 'RunConfig', 'key_lines',
-           'nearest_key', 'check_values', 'override', 'find_input', 'is_run', 'hook_project', 'Hook', 'module_file',
-           'find_hook', 'check_inside', 'import_hook', 'load_top', 'name_taken', 'hook_errors', 'load_hook',
+           'nearest_key', 'check_values', 'override', 'find_input', 'hook_project', 'Hook', 'find_hook', 'load_hook',
            'call_with', 'named_hooks', 'is_own', 'check_hooks', 'looks_like_path', 'read_yaml', 'find_data',
            'load_config', 'config_yaml']
 
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial, wraps
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,15 +33,12 @@ from ..data.files import UserError
 
 # %% ../../nbs/run/01_config.ipynb #14config008
 def as_number(value): # what YAML read
-    "A string that spells a number becomes that number; everything else passes unchanged to the type check."
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?",
-                                               value.strip()):
-        return float(value)
-    return value
+    "A string that spells a number becomes that number; everything else goes to the type check."
+    spelt = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+    return float(value) if isinstance(value, str) and re.fullmatch(spelt, value.strip()) else value
 
 Number = Annotated[float, BeforeValidator(as_number)]
 
-# %% ../../nbs/run/01_config.ipynb #14config011
 class Section(BaseModel):
     "Strict: no silent conversion between types, no unknown keys, and assignment is checked too."
     model_config = ConfigDict(extra="forbid", strict=True, validate_assignment=True)
@@ -49,21 +46,24 @@ class Section(BaseModel):
 # %% ../../nbs/run/01_config.ipynb #14config013
 class ModelConfig(Section):
     "The base model, its quantization and the LoRA update."
-    base_model: str = Field("smollm2-135m-instruct", min_length=1)  # hub id, folder, .gguf file, or the name of an embedded model
+    # hub id, folder, .gguf file, or the name of an embedded model
+    base_model: str = Field("smollm2-135m-instruct", min_length=1)
     revision: str | None = None                 # commit or tag of a hub id
     quant_type: Literal["nf4", "fp4", "none"] = "nf4"
-    double_quant: bool = True                   # quantize the block scales too: 0.127 instead of 0.5 bit per weight
-    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"  # dtype that carries the packed codes
+    double_quant: bool = True                   # block scales in 0.127 instead of 0.5 bit a weight
+    # dtype that carries the packed codes
+    quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     lora_r: int = Field(16, ge=1)               # rank r of the update
     lora_alpha: int = Field(32, ge=1)           # the update is scaled by alpha / r
     lora_dropout: Number = Field(0.05, ge=0, lt=1)
-    lora_variant: Literal["lora", "rslora", "dora", "rslora+dora"] = "lora"  # rslora: scaled by alpha / √r; dora: trains lengths too
+    # rslora: scaled by alpha / √r; dora: trains lengths too
+    lora_variant: Literal["lora", "rslora", "dora", "rslora+dora"] = "lora"
     lora_init: str = "kaiming"                  # or gaussian: what A is drawn from
     rank_pattern: dict[str, int] = {}           # end of a layer's name: its own r, as {down_proj: 32}
     alpha_pattern: dict[str, Number] = {}       # the same for alpha
-    start_adapter: str | None = None            # adapter folder to go on from; its own r, alpha, dropout and targets count then
+    start_adapter: str | None = None            # folder to go on from; its r, alpha, … count then
     target_modules: str | list[str] = "all-linear"
-    create_model: str | None = None             # "models.create_model": a function of yours that builds the model
+    create_model: str | None = None             # "models.create_model": your function builds it
 
 # %% ../../nbs/run/01_config.ipynb #14config015
 RECOMPUTE = ("auto", "dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
@@ -82,62 +82,71 @@ Recompute = Annotated[str, AfterValidator(check_recompute)]
 class StepConfig(Section):
     "How one optimizer step is computed."
     seed: int = Field(0, ge=0)
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto" # auto: float32 on a CPU, bfloat16 on CUDA, float16 on a card without it
-    batch_size: int = Field(4, ge=1)                         # micro-batch: sequences of one rank in one forward pass
+    # auto: float32 on a CPU, bfloat16 on CUDA, float16 on a card without it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    batch_size: int = Field(4, ge=1)                         # micro-batch: rows of one rank at once
     gradient_accumulation_steps: int = Field(1, ge=1)
     max_length: int = Field(512, ge=8)                       # tokens; longer sequences are cut
     learning_rate: Number = Field(2e-4, gt=0)
     lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Number = Field(0.03, ge=0, lt=1)           # share of all steps
-    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"  # paged: on CUDA only
-    loraplus_ratio: Number = Field(1.0, ge=1)                # learning rate of B over that of A (LoRA+)
+    # paged: on CUDA only
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
+    loraplus_ratio: Number = Field(1.0, ge=1)                # rate of B over that of A (LoRA+)
     weight_decay: Number = Field(0.0, ge=0)
     max_grad_norm: Number = Field(1.0, gt=0)
-    recompute: Recompute = "auto"                            # a level, from dense to host; auto: the highest that fits; or memory to use: 40GB
-    group_by_length: bool = False                            # steps of rows that are similarly long: fewer pads, less mixed steps
-    neftune_alpha: Number = Field(0.0, ge=0)                 # noise on the embeddings while training; 5 is a start, 0 is none
+    # a level, from dense to host; auto: the highest that fits; or memory to use: 40GB
+    recompute: Recompute = "auto"
+    group_by_length: bool = False                            # steps of similar rows: fewer pads
+    neftune_alpha: Number = Field(0.0, ge=0)                 # noise on embeddings, 5 for a start
 
 # %% ../../nbs/run/01_config.ipynb #14config018
 class TrainingConfig(StepConfig):
     "Batch, schedule, optimizer, and when to evaluate, save and stop."
     num_epochs: int = Field(3, ge=1)
-    max_steps: int | None = Field(None, ge=1)                # ends the run earlier than num_epochs would
+    max_steps: int | None = Field(None, ge=1)                # an earlier end than num_epochs
     logging_steps: int = Field(1, ge=1)
     eval_steps: int | None = Field(None, ge=1)               # null: at the end of each epoch
     eval_batch_size: int | None = Field(None, ge=1)          # null: batch_size
-    early_stop_patience: int | None = Field(None, ge=1)      # evaluations without a better validation loss
+    early_stop_patience: int | None = Field(None, ge=1)      # evaluations without a better loss
     save_steps: int | None = Field(None, ge=1)               # null: at the end of each epoch
-    save_total_limit: int = Field(2, ge=1)                   # newest checkpoints that stay, besides the best
+    save_total_limit: int = Field(2, ge=1)                   # newest checkpoints that stay, + best
     output_dir: str | None = None                            # null: runs/<name of this file>
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"  # offline unless the machine's environment says otherwise
+    # offline unless the machine's environment says otherwise
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
 
 # %% ../../nbs/run/01_config.ipynb #14config020
 class DataConfig(Section):
     "Where the rows come from, what is held out, and how answers are scored."
-    train_file: str = Field(min_length=1)                    # a file, a folder of files, or owner/name:split on the hub
+    # a file, a folder of files, or owner/name:split on the hub
+    train_file: str = Field(min_length=1)
     validation_file: str | None = None                       # likewise
     format: Literal["auto", *FORMATS] = "auto"               # auto: by the names of the columns
-    fields: dict[str, str] = Field(default_factory=dict)     # {prompt: question}: the kit's name, then the file's
-    streaming: bool = False                                  # read row by row, keep tokens on disk: data larger than memory
+    fields: dict[str, str] = Field(default_factory=dict)     # {prompt: question}: ours, the file's
+    streaming: bool = False                                  # for data larger than memory
     validation_split: Number = Field(0.1, ge=0, lt=1)        # used when there is no validation_file
-    system_prompt: str | None = None                         # put before every conversation; null: the template's own
-    packing: Literal["none", "best_fit"] = "none"            # best_fit: rows share sequences of max_length tokens, which batch_size then counts
-    weight_field: str | None = None                          # column with the weight of a row in the loss; null: all weigh the same
-    template: str | None = None                              # headings, plain, chatml, llama3, gemma, or a Jinja file; null: the tokenizer's own
-    loss_on: Literal["assistant", "completion", "all"] = "assistant"  # learn every answer, the last one, or every token
-    load_dataset: str | None = None                          # "utils.data_utils.load_custom_dataset": a function of yours
-    score: Literal["none", "exact_match"] = "none"           # answers before and after training, compared with the file's
+    system_prompt: str | None = None                         # null: the template's own
+    # best_fit: rows share sequences of max_length tokens, which batch_size then counts
+    packing: Literal["none", "best_fit"] = "none"
+    weight_field: str | None = None                          # column; null: all weigh the same
+    # headings, plain, chatml, llama3, gemma, or a Jinja file; null: the tokenizer's own
+    template: str | None = None
+    # learn every answer, the last one, or every token
+    loss_on: Literal["assistant", "completion", "all"] = "assistant"
+    load_dataset: str | None = None                          # "utils.data_utils.your_function"
+    score: Literal["none", "exact_match"] = "none"           # answers before and after training
     score_file: str | None = None
 
+# %% ../../nbs/run/01_config.ipynb #14config021
 class DeepspeedConfig(Section):
     "Used when several ranks train together; a DeepSpeed file may choose what is not set here."
-    stage: Literal[0, 1, 2, 3] = 3                           # 3: every rank keeps a share of the weights; 0: plain data parallel
-    offload_param: Literal["none", "cpu", "nvme"] = "none"   # where shards wait while they are not used; stage 3
+    stage: Literal[0, 1, 2, 3] = 3                           # 3: shares of weights; 0: whole copies
+    offload_param: Literal["none", "cpu", "nvme"] = "none"   # where unused shards are, at stage 3
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None                             # a folder on a fast local disk
-    overlap_comm: bool | None = None                         # gather beside the computation; null: at stage 3, where every rank has a card
+    # gather beside the computation; null: at stage 3, where every rank has a card
+    overlap_comm: bool | None = None
 
-# %% ../../nbs/run/01_config.ipynb #14config021
 class RunConfig(Section):
     "A whole run."
     model: ModelConfig = Field(default_factory=ModelConfig)
@@ -182,7 +191,8 @@ def _problem(path, errors, where):
     if first["type"] == "extra_forbidden":
         return f"{where}: unknown key {field}; {nearest_key(path)}"
     if first["type"] == "missing":
-        return f"{where}: {field} is missing; add {'data: {train_file: …}' if field == 'data' else 'it'}."
+        what = "data: {train_file: …}" if field == "data" else "it"
+        return f"{where}: {field} is missing; add {what}."
     allowed = " or ".join(dict.fromkeys(f"{e['msg'][0].lower()}{e['msg'][1:]}" for e in errors))
     return f"{where}: {field} is {first['input']!r}; {allowed}."
 
@@ -201,9 +211,8 @@ def check_values(values:dict, # sections as read from a file
                    (section, key): "command line"}
     found = {}
     for error in errors: found.setdefault(tuple(map(str, error["loc"][:2])), []).append(error)
-    raise UserError("\n".join(_problem(path, errors, places.get(path)
-                                       or places.get(path[:1], name))
-                                       for path, errors in found.items()))
+    where = {path: places.get(path) or places.get(path[:1], name) for path in found}
+    raise UserError("\n".join(_problem(p, errors, where[p]) for p, errors in found.items()))
 
 # %% ../../nbs/run/01_config.ipynb #14config038
 def override(values:dict, # nested settings, changed in place
@@ -238,19 +247,18 @@ def find_input(path:str, # as written in the config
 
 # %% ../../nbs/run/01_config.ipynb #14config046c
 RUN_FILES = ("state.json", "environment.json", "metrics.jsonl", "summary.json",
-    "adapter_config.json", "adapter/adapter_config.json")
-
-def is_run(folder:Path)->bool: # True also for an adapter's folder
-    "Does a folder hold a file that a run writes?"
-    return any((folder/name).exists() for name in RUN_FILES)
+             "adapter_config.json", "adapter/adapter_config.json")
 
 def hook_project(base:Path, # folder of a config file
     )->Path: # absolute
     "Return the project whose functions a config may name."
     base, here = base.resolve(), Path.cwd().resolve()
-    if is_run(base): return here
+    if _is_run(base): return here
     if base.name == "configs": return base.parent
     return here if base.is_relative_to(here) else base
+
+def _is_run(folder): # does it hold a file that a run, or an adapter's folder, has?
+    return any((folder/name).exists() for name in RUN_FILES)
 
 # %% ../../nbs/run/01_config.ipynb #14config046f
 @dataclass(frozen=True)
@@ -263,18 +271,22 @@ class Hook:
     file: Path # that holds the function
     place: Path # folder in which the module is found
 
-def module_file(module:str, # dotted
-    place:Path, # folder to look in
-    )->Path|None: # None if there is no such file
-    "Find the file of a module or package in one folder."
+def _module_file(module, place): # of a module or package in one folder; None if there is none
     stem = place.joinpath(*module.split("."))
     files = stem/"__init__.py", stem.parent/f"{stem.name}.py"
     return next((file for file in files if file.is_file()), None)
 
+def _check_inside(module, place, project, *, what): # follows links
+    words = module.split(".")
+    for count in range(1, len(words) + 1):
+        file = _module_file(".".join(words[:count]), place)
+        if file and not file.resolve().is_relative_to(project):
+            raise UserError(f"{what}, and {file} leads out of the project, to {file.resolve()}; "
+                            f"{OWN_ONLY}")
+
 # %% ../../nbs/run/01_config.ipynb #14config046g
 OWN_ONLY = ("a config names functions of its own project only: import what you need in a file "
-            "there, "
-            "e.g. utils/data_utils.py, and name utils.data_utils.your_function")
+            "there, e.g. utils/data_utils.py, and name utils.data_utils.your_function")
 
 def find_hook(name:str, # "package.module.function", or "package.module:function"
     base:Path, # folder of the config file
@@ -285,47 +297,29 @@ def find_hook(name:str, # "package.module.function", or "package.module:function
     proper = all(word.isidentifier() and not word.startswith("__") for word in words)
     if len(words) < 2 or not proper:
         raise UserError(f"{field} is {name!r}, which is no module.function; {OWN_ONLY}")
-    second = project/"configs" if is_run(base) else base.resolve()
+    second = project/"configs" if _is_run(base) else base.resolve()
     places = list(dict.fromkeys((project, second)))
     module, file = ".".join(words[:-1]), "/".join(words[:-1]) + ".py"
-    place = next((place for place in places if module_file(module, place)), None)
+    place = next((place for place in places if _module_file(module, place)), None)
     if place is None:
         where = " or ".join(map(str, places))
         raise UserError(f"{field} is {name!r}, and there is no {file} in {where}; {OWN_ONLY}")
-    check_inside(module, place, project=project, what=f"{field} is {name!r}")
-    return Hook(field, name, module=module, function=words[-1], file=module_file(module, place),
+    _check_inside(module, place, project=project, what=f"{field} is {name!r}")
+    return Hook(field, name, module=module, function=words[-1], file=_module_file(module, place),
                 place=place)
 
-# %% ../../nbs/run/01_config.ipynb #14config046g2
-def check_inside(module:str, # dotted
-    place:Path, # folder in which it was found
-    project:Path, # absolute
-    what:str, # begins the message
-    )->None: # `UserError` for a file that is elsewhere in truth
-    "Follow the links of a module's file and of the packages around it."
-    words = module.split(".")
-    for count in range(1, len(words) + 1):
-        file = module_file(".".join(words[:count]), place)
-        if file and not file.resolve().is_relative_to(project):
-            raise UserError(f"{what}, and {file} leads out of the project, to {file.resolve()}; "
-                            f"{OWN_ONLY}")
-
 # %% ../../nbs/run/01_config.ipynb #14config046j
-def import_hook(hook:Hook): # the module; `UserError` if its name is taken
-    "Import the module of a hook from the project, and leave every library where it is."
+def _import_hook(hook): # the module; `UserError` if its name is taken
     top = hook.module.partition(".")[0]
     if str(hook.place) not in sys.path: sys.path.append(str(hook.place))
-    if top in sys.stdlib_module_names: raise UserError(name_taken(hook, top))
-    if top not in sys.modules: load_top(top, hook.place)
+    if top in sys.stdlib_module_names: raise UserError(_name_taken(hook, top))
+    if top not in sys.modules: _load_top(top, hook.place)
     loaded = importlib.import_module(hook.module)
     if Path(loaded.__file__).resolve() != hook.file.resolve():
-        raise UserError(name_taken(hook, top))
+        raise UserError(_name_taken(hook, top))
     return loaded
 
-def load_top(top:str, # name of a module or package
-    place:Path, # the folder that it is in
-    )->None:
-    "Load a module from one folder, whatever `sys.path` says."
+def _load_top(top, place): # from one folder, whatever `sys.path` says
     importlib.invalidate_caches()
     spec = PathFinder.find_spec(top, [str(place)])
     sys.modules[top] = module_from_spec(spec)
@@ -334,26 +328,10 @@ def load_top(top:str, # name of a module or package
         del sys.modules[top]
         raise
 
-def name_taken(hook:Hook, top:str)->str: # a message
-    "Say who has the name."
+def _name_taken(hook, top):
     owner = getattr(sys.modules.get(top), "__file__", None) or "Python's own"
     return (f"{hook.field} is {hook.name!r}, and another module of this process is called {top!r} "
             f"({owner}); rename {hook.place/top}")
-
-# %% ../../nbs/run/01_config.ipynb #14config046l
-@contextmanager
-def hook_errors(what:str, # "data.load_dataset: my_hooks.rows"
-    file:Path, # of the function
-    ):
-    "Turn what a function of the user's raises into a `UserError` that names it."
-    try: yield
-    except (UserError, MemoryError): raise
-    except (Exception, SystemExit) as e:
-        if type(e).__name__ == "OutOfMemoryError": raise
-        frames = traceback.extract_tb(e.__traceback__)
-        line = next((f":{f.lineno}" for f in reversed(frames) if f.filename == str(file)), "")
-        said = " ".join(f"{type(e).__name__}: {e}".split())
-        raise UserError(f"{what} ended with {said} ({file}{line}); mend the function") from e
 
 # %% ../../nbs/run/01_config.ipynb #14config047
 def load_hook(name:str, # "package.module.function", or "package.module:function"
@@ -362,18 +340,29 @@ def load_hook(name:str, # "package.module.function", or "package.module:function
     )->callable: # the user's function; what it raises is a `UserError`
     "Import a function that the config names."
     hook = find_hook(name, base, field)
-    errors = partial(hook_errors, f"{field}: {name}", hook.file)
-    with errors(): module = import_hook(hook)
+    errors = partial(_hook_errors, f"{field}: {name}", hook.file)
+    with errors(): module = _import_hook(hook)
     function = vars(module).get(hook.function)
     if not callable(function):
-        known = ", ".join(n for n, v in vars(module).items()
-                          if inspect.isfunction(v)) or "no function"
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        known = ", ".join(functions) or "no function"
         raise UserError(f"{field}: {hook.file} has no function {hook.function}; it has {known}")
     @wraps(function)
     def guarded(*args, **kwargs):
         with errors(): return function(*args, **kwargs)
     guarded.errors = errors
     return guarded
+
+@contextmanager
+def _hook_errors(what, file): # what: "data.load_dataset: my_hooks.rows"
+    try: yield
+    except (UserError, MemoryError): raise
+    except (Exception, SystemExit) as e:
+        if type(e).__name__ == "OutOfMemoryError": raise
+        frames = traceback.extract_tb(e.__traceback__)
+        line = next((f":{f.lineno}" for f in reversed(frames) if f.filename == str(file)), "")
+        said = " ".join(f"{type(e).__name__}: {e}".split())
+        raise UserError(f"{what} ended with {said} ({file}{line}); mend the function") from e
 
 # %% ../../nbs/run/01_config.ipynb #14config049
 def call_with(function:callable, # the user's
@@ -390,15 +379,14 @@ HOOKS = ("data.load_dataset", "model.create_model")
 
 def named_hooks(cfg:RunConfig)->dict: # "data.load_dataset" → the name of a function
     "Return the functions that a config names."
-    names = {field: getattr(getattr(cfg, section), key) for field in HOOKS
-             for section, key in [field.split(".")]}
+    names = {field: attrgetter(field)(cfg) for field in HOOKS}
     return {field: name for field, name in names.items() if name}
 
 def is_own(base:Path)->bool: # folder of a config file
     "Is a config one of the project where you work?"
     base, project = base.resolve(), hook_project(base)
     in_place = base in (project, project/"configs") and Path.cwd().resolve() in (base, project)
-    return in_place and not is_run(base)
+    return in_place and not _is_run(base)
 
 # %% ../../nbs/run/01_config.ipynb #14config052c
 def check_hooks(hooks:dict, # from `named_hooks`
@@ -414,15 +402,15 @@ def check_hooks(hooks:dict, # from `named_hooks`
             raise UserError(f"{path}: {e}. Nothing was run; --trust-hooks would not help") from None
         if trusted: continue
         raise UserError(f"{path} names {field}: {name}, and is no config of the project where you "
-                        "work, "
-                        f"so nothing was run; --trust-hooks runs {hook.function} of {hook.file}")
+                        f"work, so nothing was run; --trust-hooks runs {hook.function} of "
+                        f"{hook.file}")
 
 # %% ../../nbs/run/01_config.ipynb #14config054
 def looks_like_path(base_model:str, # as the config names it
     )->bool: # a hub id has exactly one slash and does not begin with a dot, slash or tilde
     "Does `base_model` name a place on this disk rather than a model on the hub?"
-    return base_model.endswith(".gguf") or base_model.startswith((".", "/", "~")) or base_model.count(
-        "/") > 1
+    begins = base_model.startswith((".", "/", "~"))
+    return begins or base_model.endswith(".gguf") or base_model.count("/") > 1
 
 # %% ../../nbs/run/01_config.ipynb #14config057
 def read_yaml(path:Path, # the config file
@@ -437,16 +425,20 @@ def read_yaml(path:Path, # the config file
     try: values = yaml.safe_load(text) or {}
     except yaml.YAMLError as e:
         line = e.problem_mark.line+1 if getattr(e, "problem_mark", None) else 1
-        raise UserError(f"{path}:{line}: not valid YAML: {getattr(e, 'problem', e)}; mend that line") from None
-    if isinstance(values, dict): values = {k: {} if v is None else v for k, v in values.items()}
-    wrong = [k for k, v in values.items()
-             if not isinstance(v, dict)] if isinstance(values, dict) else [
-        "the file"]
-    if wrong:
-        raise UserError(f"{path}: {wrong[0]} must hold settings as `key: value`; sections are "
-                        f"{', '.join(RunConfig.model_fields)}")
+        raise UserError(f"{path}:{line}: not valid YAML: {getattr(e, 'problem', e)}; mend that "
+                        "line") from None
+    values = _sections(values, path)
     key_lines(text, str(path))
     return values, text
+
+def _sections(values, path): # a section of comments only means its defaults
+    wrong = "the file"
+    if isinstance(values, dict):
+        values = {k: {} if v is None else v for k, v in values.items()}
+        wrong = next((k for k, v in values.items() if not isinstance(v, dict)), None)
+        if wrong is None: return values
+    raise UserError(f"{path}: {wrong} must hold settings as `key: value`; sections are "
+                    f"{', '.join(RunConfig.model_fields)}")
 
 # %% ../../nbs/run/01_config.ipynb #14config060
 def find_data(value:str, # as written in the config
@@ -472,24 +464,24 @@ def load_config(path, # the YAML file
     base = Path(path).resolve().parent
     said = {word.partition("=")[0] for word in overrides}
     for field, name in named_hooks(cfg).items():
-        check_hooks({field: name}, path, base=base, trusted=trust_hooks or field in said
-                    or is_own(base))
-    for field in ("train_file", "validation_file",
-                  *(["score_file"] if cfg.data.score != "none" else []),
-        "template"):
-        value = getattr(cfg.data, field)
-        if value:
-            setattr(cfg.data, field, find_data(value, base, field=field,
-                                               hooked=bool(cfg.data.load_dataset)))
-    if cfg.model.start_adapter:
-        cfg.model.start_adapter = str(find_input(cfg.model.start_adapter, base,
-            "model.start_adapter"))
-    if looks_like_path(cfg.model.base_model):
-        cfg.model.base_model = str(find_input(cfg.model.base_model, base, "model.base_model"))
+        trusted = trust_hooks or field in said or is_own(base)
+        check_hooks({field: name}, path, base=base, trusted=trusted)
+    _find_inputs(cfg, base)
     if cfg.data.score != "none" and not cfg.data.score_file:
         raise UserError(f"{path}: data.score is {cfg.data.score}; data.score_file must name the "
                         "rows to answer")
     return cfg
+
+def _find_inputs(cfg, base): # changes cfg
+    scores = ["score_file"] if cfg.data.score != "none" else []
+    for field in ("train_file", "validation_file", *scores, "template"):
+        if value := getattr(cfg.data, field):
+            found = find_data(value, base, field=field, hooked=bool(cfg.data.load_dataset))
+            setattr(cfg.data, field, found)
+    for field in ("start_adapter", "base_model"):
+        value = getattr(cfg.model, field)
+        if value and (field == "start_adapter" or looks_like_path(value)):
+            setattr(cfg.model, field, str(find_input(value, base, f"model.{field}")))
 
 # %% ../../nbs/run/01_config.ipynb #14config069
 def config_yaml(cfg:RunConfig, # complete settings

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['NONFINITE', 'METRIC_FIELDS', 'REQUESTS', 'BEAT', 'HELD', 'resident_bytes', 'PeakMemory', 'memory_gb',
-           'reset_peak_memory', 'plain_number', 'metrics_line', 'parse_line', 'metrics_lines', 'read_metrics',
-           'truncate_metrics', 'live_figures', 'Bar', 'PlainLines', 'open_display', 'MetricsFile', 'Monitor', 'series',
-           'Picture', 'draw_series', 'draw_loss', 'draw_resources', 'plot_curves', 'write_state', 'ask',
-           'read_requests', 'clear_requests', 'Hold', 'holder', 'touched', 'lives_elsewhere', 'hold', 'release',
+           'reset_peak_memory', 'plain_number', 'metrics_line', 'parse_line', 'read_metrics', 'truncate_metrics',
+           'live_figures', 'Bar', 'PlainLines', 'series', 'Picture', 'draw_series', 'plot_curves', 'MetricsFile',
+           'Monitor', 'write_state', 'ask', 'read_requests', 'clear_requests', 'Hold', 'holder', 'hold', 'release',
            'replaced']
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor002
@@ -46,8 +45,8 @@ class PeakMemory:
     def __init__(self,
         interval:float=0.05, # seconds between two looks
     ):
-        self.interval, self.peak, self.thread = interval, 0, None
-        self.lock = threading.Lock()
+        self.interval, self.peak = interval, 0
+        self.thread, self.lock = None, threading.Lock()
 
     def look(self) -> int: # bytes now
         now = resident_bytes()
@@ -72,7 +71,7 @@ _host = PeakMemory()
 
 def memory_gb(
     device="cpu", # `torch.device` or its name
-) -> tuple[float, float]: # now and peak, in 2**30 bytes
+) -> tuple[float, float]: # now and peak, in GB
     "Return what PyTorch allocated on a card, or on a CPU the memory that this process holds."
     device = torch.device(device)
     if device.type == "cuda":
@@ -80,7 +79,6 @@ def memory_gb(
     _host.start()
     return _host.look()/GB, _host.peak/GB
 
-# %% ../../nbs/run/02_monitor.ipynb #10monitor018
 def reset_peak_memory(
     device="cpu", # `torch.device` or its name
 ):
@@ -103,8 +101,7 @@ def plain_number(
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor027
 METRIC_FIELDS = ("step", "epoch", "loss", "val_loss", "lr", "grad_norm", "tokens", "tokens_per_s",
-    "samples_per_s",
-          "mem_gb", "mem_peak_gb", "elapsed_s")
+                 "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
 
 def metrics_line(
     record:dict, # field -> number; needs an integer `step`
@@ -113,9 +110,9 @@ def metrics_line(
     if not isinstance(record.get("step"), int):
         raise ValueError("a metrics record needs an integer step, got "
                          f"step={record.get('step')!r}; pass the number of optimizer steps taken")
-    names = [f for f in METRIC_FIELDS if f in record] + [f for f in record
-                                                         if f not in METRIC_FIELDS]
-    return json.dumps({f:plain_number(record[f]) for f in names}, allow_nan=False,
+    others = [f for f in record if f not in METRIC_FIELDS]
+    names = [f for f in METRIC_FIELDS if f in record] + others
+    return json.dumps({f: plain_number(record[f]) for f in names}, allow_nan=False,
                       ensure_ascii=False) + "\n"
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor034
@@ -129,35 +126,32 @@ def parse_line(
     return {k:NONFINITE.get(v, v) if isinstance(v, str) else v for k,v in record.items()}
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor035
-def metrics_lines(
-    folder, # run folder
-) -> list[tuple[bytes, dict]]: # each whole line's text and record
-    "Lines of `metrics.jsonl`; a torn last line is left out, damage elsewhere is a `UserError`."
-    path = Path(folder)/"metrics.jsonl"
-    texts = path.read_bytes().split(b"\n") if path.exists() else []
-    found = [(i, t, parse_line(t)) for i,t in enumerate(texts, 1) if t.strip()]
-    if found and found[-1][2] is None: found.pop()
-    for i,text,record in found:
-        if record is None:
-            raise UserError(f"{path}, line {i}: received {text[:40].decode(errors='replace')!r}, "
-                            "allowed is a JSON object with an integer step; delete this line")
-    return [(t,r) for _,t,r in found]
-
-# %% ../../nbs/run/02_monitor.ipynb #10monitor037
 def read_metrics(
     folder, # run folder
 ) -> list[dict]: # one record a logged step, oldest first; [] before the first
-    "What a run has measured so far; safe to call while it writes."
-    return [record for _,record in metrics_lines(folder)]
+    "Read what a run has measured so far; safe while it writes."
+    return [record for _, record in _metrics_lines(folder)]
+
+def _metrics_lines(folder): # each whole line's text and record
+    "A torn last line is left out, damage elsewhere is a `UserError`."
+    path = Path(folder)/"metrics.jsonl"
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    found = [(i, t, parse_line(t)) for i, t in enumerate(texts, 1) if t.strip()]
+    if found and found[-1][2] is None: found.pop()
+    for i, text, record in found:
+        if record is None:
+            raise UserError(f"{path}, line {i}: received {text[:40].decode(errors='replace')!r}, "
+                            "allowed is a JSON object with an integer step; delete this line")
+    return [(t, r) for _, t, r in found]
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor043
 def truncate_metrics(
     folder, # run folder
     step:int, # the step that the run resumes from
 ) -> int: # lines dropped
-    "Forget what was logged after `step` (and a torn last line), so that a resumed run logs each step once."
-    lines = metrics_lines(folder)
-    kept = [text + b"\n" for text,record in lines if record["step"] <= step]
+    "Forget what was logged after `step`, and a torn last line."
+    lines = _metrics_lines(folder)
+    kept = [text + b"\n" for text, record in lines if record["step"] <= step]
     path = Path(folder)/"metrics.jsonl"
     if path.exists(): write_atomic(path, b"".join(kept))
     return len(lines) - len(kept)
@@ -168,11 +162,10 @@ def live_figures(
     val_loss:float|None=None, # the last one known, for steps that did not evaluate
 ) -> dict[str, str]: # name -> short text
     "The few numbers of a record that fit on a live line."
-    record = {"val_loss":val_loss, **record}
+    record = {"val_loss": val_loss, **record}
     shown = dict(loss=("loss", ".4g"), val_loss=("val_loss", ".4g"), tokens_per_s=("tok/s", ",.0f"),
-                 mem_gb=(
-        "GB", ".2f"), lr=("lr", ".1e"))
-    return {name:format(float(record[f]), spec) for f,(name,spec) in shown.items()
+                 mem_gb=("GB", ".2f"), lr=("lr", ".1e"))
+    return {name: format(float(record[f]), spec) for f, (name, spec) in shown.items()
             if record.get(f) is not None}
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor052
@@ -204,16 +197,18 @@ class PlainLines:
         stream=None, # stderr by default
         every:float=30., # seconds between two lines
     ):
-        self.total,self.start,self.stream,self.every = total,start,stream or sys.stderr,every
-        self.begun,self.printed,self.line = time.monotonic(),-math.inf,None
+        self.total, self.start = total, start
+        self.stream, self.every = stream or sys.stderr, every
+        self.begun, self.printed = time.monotonic(), -math.inf
+        self.line = None
 
     def update(self, step:int, shown:dict):
         "Remember this step's line; print it if the last one is old enough."
         spent = time.monotonic() - self.begun
         left = spent / max(step - self.start, 1) * max(self.total - step, 0)
         times = f"{tqdm.format_interval(spent)} spent, {tqdm.format_interval(left)} left"
-        self.line = "  ".join([f"step {step}/{self.total}", *(f"{k} {v}" for k,v in shown.items()),
-                               times])
+        figures = [f"{k} {v}" for k, v in shown.items()]
+        self.line = "  ".join([f"step {step}/{self.total}", *figures, times])
         if time.monotonic() - self.printed >= self.every: self.close()
 
     def say(self, text:str): print(text, file=self.stream, flush=True)
@@ -221,83 +216,7 @@ class PlainLines:
     def close(self):
         if self.line:
             self.say(self.line)
-            self.line,self.printed = None,time.monotonic()
-
-# %% ../../nbs/run/02_monitor.ipynb #10monitor057
-def open_display(
-    total:int, # optimizer steps in the whole run
-    start:int, # steps already taken
-    stream, # where to show it
-    every:float, # seconds between two plain lines
-) -> Bar|PlainLines:
-    "A bar where lines can be redrawn, plain lines where they cannot."
-    redraws = stream.isatty() or stream is sys.stderr and in_notebook()
-    return Bar(total, start, stream) if redraws else PlainLines(total, start, stream, every)
-
-# %% ../../nbs/run/02_monitor.ipynb #10monitor059
-class MetricsFile:
-    "`metrics.jsonl` of a run, opened to go on after its last whole line."
-    def __init__(self,
-        folder, # run folder, created if missing
-    ):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        truncate_metrics(folder, sys.maxsize)
-        last = ([{"step":0}] + read_metrics(folder))[-1]
-        self.step,self.begun = last["step"],time.monotonic() - last.get("elapsed_s", 0.)
-        self.file = open(Path(folder)/"metrics.jsonl", "a", encoding="utf-8", buffering=1)
-
-    def append(self, record:dict) -> dict: # the record as a reader will find it
-        "Write one line; `elapsed_s` is added if it is missing."
-        line = metrics_line({"elapsed_s":time.monotonic() - self.begun, **record})
-        self.file.write(line)
-        return parse_line(line)
-
-    def close(self): self.file.close()
-
-# %% ../../nbs/run/02_monitor.ipynb #10monitor062
-class Monitor:
-    "Keeps the metrics and the live line of a run, and draws its curves at the end; only rank 0 does."
-    def __init__(self,
-        folder, # run folder, created if missing
-        total_steps:int, # optimizer steps in the whole run
-        quiet:bool=False, # write files only
-        rank:int=0, # this process
-        device="cpu", # whose memory is logged
-        every:float=30., # seconds between plain lines where the stream is no terminal
-        stream=None, # stderr by default
-        also=None, # gets each record too: an object with `log(record)` and `close()`
-    ):
-        self.folder, self.device, self.also = Path(folder), device, also
-        self.file = self.display = self.val_loss = None
-        if rank == 0: self.file = MetricsFile(folder)
-        if rank == 0 and not quiet:
-            self.display = open_display(total_steps, self.file.step, stream=stream or sys.stderr,
-                                        every=every)
-
-    def say(self, text:str):
-        "Show a line of text without breaking the live line."
-        if self.display: self.display.say(text)
-
-# %% ../../nbs/run/02_monitor.ipynb #10monitor062b
-def _log(self, record:dict):
-    "Append one record, which needs a `step`, and move the live line."
-    if self.file is None: return
-    now,peak = memory_gb(self.device)
-    record = self.file.append({"mem_gb":now, "mem_peak_gb":peak, **record})
-    self.val_loss = record.get("val_loss", self.val_loss)
-    if self.display: self.display.update(record["step"], live_figures(record, self.val_loss))
-    if self.also: self.also.log(record)
-
-def _close(self):
-    "End the live line and draw `curves.png`; a second call does nothing."
-    if self.file is None: return
-    if self.display: self.display.close()
-    if self.also: self.also.close()
-    self.file.close()
-    self.file = None
-    if read_metrics(self.folder): plot_curves(self.folder)
-
-Monitor.log, Monitor.close = _log, _close
+            self.line, self.printed = None, time.monotonic()
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor064
 def series(
@@ -308,7 +227,6 @@ def series(
     pairs = [(r["step"], r[field]) for r in records if r.get(field) is not None]
     return np.array([p[0] for p in pairs], int), np.array([p[1] for p in pairs], float)
 
-# %% ../../nbs/run/02_monitor.ipynb #10monitor066
 class Picture(Figure):
     "A matplotlib figure that notebooks display without pyplot, on machines without a screen too."
     def _repr_png_(self):
@@ -324,43 +242,34 @@ def draw_series(
     groups:int=500, # a series more than twice as long is averaged in so many groups
     **style, # passed to `ax.plot`
 ) -> bool: # was there anything to draw?
-    "The finite values of a field as a line; a long series becomes group means over a band of group extremes."
-    steps,values = series(records, field)
-    steps,values = steps[np.isfinite(values)],values[np.isfinite(values)]
+    "Draw the finite values of a field as a line, a long one as group means over group extremes."
+    steps, values = series(records, field)
+    steps, values = steps[np.isfinite(values)], values[np.isfinite(values)]
     if not len(steps): return False
     if len(steps) > 2*groups:
         parts = np.array_split(values, groups)
         steps = [part.mean() for part in np.array_split(steps, groups)]
-        ax.fill_between(steps, [p.min() for p in parts], [p.max() for p in parts], color=style.get(
-            "color"), alpha=.2, linewidth=0)
+        low, high = [p.min() for p in parts], [p.max() for p in parts]
+        ax.fill_between(steps, low, high, color=style.get("color"), alpha=.2, linewidth=0)
         values = [part.mean() for part in parts]
-    ax.plot(steps, values, **{"marker":"o" if len(steps) < 30 else None, "markersize":3,
-        "linewidth":1.3, **style})
+    marker = "o" if len(steps) < 30 else None
+    ax.plot(steps, values, **{"marker": marker, "markersize": 3, "linewidth": 1.3, **style})
     return True
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor073
-def draw_loss(
-    ax, # matplotlib axes
-    records:list[dict], # metrics records
-):
-    "Training and validation loss, the best validation loss, and the first step whose loss is not finite."
+def _draw_loss(ax, records):
     draw_series(ax, records, field="loss", color="C0", label="training")
     if draw_series(ax, records, field="val_loss", color="C1", label="validation"):
-        steps,values = series(records, "val_loss")
+        steps, values = series(records, "val_loss")
         best = np.argmin(np.where(np.isfinite(values), values, np.inf))
         ax.plot(steps[best], values[best], "*", color="C1", markersize=10,
                 label=f"best {values[best]:.4g}, step {steps[best]}")
-    steps,values = series(records, "loss")
+    steps, values = series(records, "loss")
     for step in steps[~np.isfinite(values)][:1]:
         ax.axvline(step, color="C3", linestyle=":", label=f"not finite, step {step}")
     if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=8)
 
-# %% ../../nbs/run/02_monitor.ipynb #10monitor075
-def draw_resources(
-    ax, # matplotlib axes
-    records:list[dict], # metrics records
-):
-    "Memory with its peak on the left axis, speed on the right; both from zero."
+def _draw_resources(ax, records):
     speed = ax.twinx()
     draw_series(ax, records, field="mem_gb", color="C4")
     draw_series(ax, records, field="mem_peak_gb", color="C4", linestyle="--")
@@ -379,12 +288,12 @@ def plot_curves(
         raise UserError(f"{Path(folder)/'metrics.jsonl'}: received no complete line, needed is one "
                         "logged step or more; give the folder of a run that has begun")
     picture = Picture(figsize=(10, 6), dpi=100, layout="constrained")
-    loss,lr,norm,resources = picture.subplots(2, 2).ravel()
-    draw_loss(loss, records)
+    loss, lr, norm, resources = picture.subplots(2, 2).ravel()
+    _draw_loss(loss, records)
     draw_series(lr, records, field="lr", color="C0")
     lr.ticklabel_format(axis="y", scilimits=(-2, 3))
     draw_series(norm, records, field="grad_norm", color="C0")
-    draw_resources(resources, records)
+    _draw_resources(resources, records)
     titles = {"loss, nats per target token": loss, "learning rate": lr,
               "gradient norm before clipping": norm, "memory and speed": resources}
     for title, ax in titles.items():
@@ -392,6 +301,76 @@ def plot_curves(
         ax.xaxis.get_major_locator().set_params(integer=True)
     write_atomic(Path(folder)/"curves.png", picture._repr_png_())
     return picture
+
+# %% ../../nbs/run/02_monitor.ipynb #10monitor059
+class MetricsFile:
+    "`metrics.jsonl` of a run, opened to go on after its last whole line."
+    def __init__(self,
+        folder, # run folder, created if missing
+    ):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        truncate_metrics(folder, sys.maxsize)
+        last = ([{"step": 0}] + read_metrics(folder))[-1]
+        self.step, self.begun = last["step"], time.monotonic() - last.get("elapsed_s", 0.)
+        self.file = open(Path(folder)/"metrics.jsonl", "a", encoding="utf-8", buffering=1)
+
+    def append(self, record:dict) -> dict: # the record as a reader will find it
+        "Write one line; `elapsed_s` is added if it is missing."
+        line = metrics_line({"elapsed_s": time.monotonic() - self.begun, **record})
+        self.file.write(line)
+        return parse_line(line)
+
+    def close(self): self.file.close()
+
+# %% ../../nbs/run/02_monitor.ipynb #10monitor062
+class Monitor:
+    "Keeps the metrics and the live line of a run, and draws its curves at the end; only rank 0 does."
+    def __init__(self,
+        folder, # run folder, created if missing
+        total_steps:int, # optimizer steps in the whole run
+        *, quiet:bool=False, # write files only
+        rank:int=0, # this process
+        device="cpu", # whose memory is logged
+        every:float=30., # seconds between plain lines where the stream is no terminal
+        stream=None, # stderr by default
+        also=None, # gets each record too: an object with `log(record)` and `close()`
+    ):
+        self.folder, self.device = Path(folder), device
+        self.file = self.display = self.val_loss = self.also = None
+        if rank: return
+        self.file, self.also = MetricsFile(folder), also
+        if not quiet:
+            self.display = _open_display(total_steps, self.file.step, stream=stream, every=every)
+
+    def say(self, text:str):
+        "Show a line of text without breaking the live line."
+        if self.display: self.display.say(text)
+
+def _open_display(total, start, stream, every):
+    stream = stream or sys.stderr
+    redraws = stream.isatty() or stream is sys.stderr and in_notebook()
+    return Bar(total, start, stream) if redraws else PlainLines(total, start, stream, every)
+
+# %% ../../nbs/run/02_monitor.ipynb #10monitor062b
+def _log(self, record:dict):
+    "Append one record, which needs a `step`, and move the live line."
+    if self.file is None: return
+    now, peak = memory_gb(self.device)
+    record = self.file.append({"mem_gb": now, "mem_peak_gb": peak, **record})
+    self.val_loss = record.get("val_loss", self.val_loss)
+    if self.display: self.display.update(record["step"], live_figures(record, self.val_loss))
+    if self.also: self.also.log(record)
+
+def _close(self):
+    "End the live line and draw `curves.png`; a second call does nothing."
+    if self.file is None: return
+    if self.display: self.display.close()
+    if self.also: self.also.close()
+    self.file.close()
+    self.file = None
+    if read_metrics(self.folder): plot_curves(self.folder)
+
+Monitor.log, Monitor.close = _log, _close
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor094
 def write_state(
@@ -416,8 +395,8 @@ def ask(
 ):
     "Ask a run for a checkpoint, or for its end, after the step it is in."
     if name not in REQUESTS:
-        raise UserError(f"a run cannot be asked to {name}; ask it to "
-                        f"{' or to '.join(sorted(REQUESTS))}")
+        allowed = " or to ".join(sorted(REQUESTS))
+        raise UserError(f"a run cannot be asked to {name}; ask it to {allowed}")
     (Path(folder)/"control").mkdir(exist_ok=True)
     (Path(folder)/"control"/name).touch()
 
@@ -437,7 +416,6 @@ def clear_requests(
 
 # %% ../../nbs/run/02_monitor.ipynb #10monitor103d
 BEAT = 3.0 # seconds between two signs of life of a process that holds a run folder
-HELD = {} # run folder -> its `Hold`, in this process
 
 class Hold(threading.Thread):
     "The lock file of a run folder: open, and touched every `BEAT` seconds until `end`."
@@ -445,8 +423,8 @@ class Hold(threading.Thread):
         folder:Path, # run folder
     ):
         super().__init__(daemon=True, name="hold a run folder")
-        self.file,self.over = os.open(folder/"lock", os.O_RDWR | os.O_CREAT,
-                                      0o666),threading.Event()
+        self.file = os.open(folder/"lock", os.O_RDWR | os.O_CREAT, 0o666)
+        self.over = threading.Event()
 
     def lock(self) -> bool|None: # False: another process has it; None: this disk has no locks
         "Try to take it, without waiting."
@@ -471,68 +449,64 @@ class Hold(threading.Thread):
         self.write("")
         os.close(self.file)
 
-def _forked():
-    for held in HELD.values(): os.close(held.file)
-    HELD.clear()
-
-os.register_at_fork(after_in_child=_forked)
-
 # %% ../../nbs/run/02_monitor.ipynb #10monitor103f
 def holder(
     folder, # run folder
-) -> dict: # pid and host of the process that holds it, or that held it when it was killed; {} if nobody says so
+) -> dict: # pid and host of the process that holds it, or held it when it was killed; or {}
     "Who is named in a run's lock file."
     try: said = json.loads((Path(folder)/"lock").read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     return said if isinstance(said, dict) and {"pid", "host"} <= said.keys() else {}
 
-def touched(
-    folder, # run folder
-) -> float: # seconds since 1970, by the clock of the disk
-    "When its holder gave the last sign of life."
+def _touched(folder): # when its holder gave the last sign of life, by the clock of the disk
     with open(Path(folder)/"lock", "rb") as file:
         # opened, since network disks cache what they say of closed files
         return os.fstat(file.fileno()).st_mtime
 
-def lives_elsewhere(
-    folder, # run folder
-    locked:bool|None, # from `Hold.lock`
-) -> bool:
+def _lives_elsewhere(folder, locked):
     "Where the lock proves nothing: is the file still being touched?"
     said = holder(folder)
     if not said or locked and said["host"] == socket.gethostname(): return False
     print(f"{folder}: watching for {4*BEAT:.0f} s whether process {said['pid']} on {said['host']} "
           "still trains here", file=sys.stderr)
-    before,until = touched(folder),time.monotonic() + 4*BEAT
-    while touched(folder) == before:
+    before, until = _touched(folder), time.monotonic() + 4*BEAT
+    while _touched(folder) == before:
         if time.monotonic() > until: return False
         time.sleep(BEAT/4)
     return True
 
+def _taken(folder):
+    said, age = holder(folder), max(0., time.time() - _touched(folder))
+    who = f"process {said['pid']} on {said['host']}" if said else "another process"
+    return (f"{folder}: {who} trains in this folder, its last sign of life came {age:.0f} s ago; "
+            f"wait until it has ended, or end it after its step: touch {folder}/control/stop")
+
 # %% ../../nbs/run/02_monitor.ipynb #10monitor103h
+HELD = {} # run folder -> its `Hold`, in this process
+
 def hold(
-    folder, # run folder
+    folder, # run folder; a `UserError` while another process has it
 ):
-    "Take a run folder for this process, until `release` or the process's end; `UserError` while another has it."
+    "Take a run folder for this process, until `release` or the process's end."
     folder = Path(folder).resolve()
     try: new = Hold(folder)
     except OSError as e:
         raise UserError(f"{folder/'lock'}: {e.strerror}; a run needs a folder that it may write to") from None
     locked = new.lock()
-    if locked is False or lives_elsewhere(folder, locked):
+    if locked is False or _lives_elsewhere(folder, locked):
         os.close(new.file)
         raise UserError(_taken(folder))
     HELD[folder] = new
     new.write(json.dumps(dict(pid=os.getpid(), host=socket.gethostname())))
     new.start()
 
-def _taken(folder):
-    said,age = holder(folder),max(0., time.time() - touched(folder))
-    who = f"process {said['pid']} on {said['host']}" if said else "another process"
-    return (f"{folder}: {who} trains in this folder, its last sign of life came {age:.0f} s ago; "
-            "wait until it has ended, "
-            f"or end it after its step: touch {folder}/control/stop")
+def _forked():
+    for held in HELD.values(): os.close(held.file)
+    HELD.clear()
 
+os.register_at_fork(after_in_child=_forked)
+
+# %% ../../nbs/run/02_monitor.ipynb #10monitor103h1
 def release(
     folder, # run folder
 ):
@@ -544,7 +518,6 @@ def replaced(
 ) -> bool: # False if this process does not hold it
     "Has the folder that this process holds been moved away, deleted, or given to another run?"
     held = HELD.get(Path(folder).resolve())
-    try:
-        return held is not None and not os.path.samestat(os.fstat(held.file),
-                                                         os.stat(Path(folder)/"lock"))
+    if held is None: return False
+    try: return not os.path.samestat(os.fstat(held.file), os.stat(Path(folder)/"lock"))
     except OSError: return True

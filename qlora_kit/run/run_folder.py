@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_run', 'newest_run', 'environment', 'read_state', 'lives', 'heartbeat', 'check_place', 'requests', 'save',
-           'restore', 'open_run', 'already_reported', 'choose_run', 'resumable', 'stored_settings', 'keep_step',
-           'lost_ranks', 'still_ours', 'open_log', 'summarize']
+           'restore', 'stored_settings', 'keep_step', 'choose_run', 'open_run', 'already_reported', 'lost_ranks',
+           'still_ours', 'open_log', 'summarize']
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolderd
 import importlib.metadata as metadata
@@ -36,17 +36,19 @@ from ..training.loop import Progress, RunFailed
 def new_run(cfg:RunConfig, # the run
     name:str, # stem of the config file
     )->Path: # a folder that did not exist before
-    "runs/<name>, or runs/<name>-2, … if that is taken; `training.output_dir` names another place."
-    first = Path(cfg.training.output_dir or f"runs/{name}")
+    "Make runs/<name>, or runs/<name>-2, …; `training.output_dir` names another place."
+    first = _first_folder(cfg, name)
     folders = [first, *(first.with_name(f"{first.name}-{i}") for i in range(2, 10_000))]
     for folder in folders:
         try: folder.mkdir(parents=True)
         except FileExistsError: continue
         return folder.resolve()
 
-def newest_run(cfg:RunConfig, name:str)->Path: # the run that `--resume` without a folder means
-    "The newest run of this config that has a checkpoint."
-    first = Path(cfg.training.output_dir or f"runs/{name}")
+def newest_run(cfg:RunConfig, # the run
+    name:str, # stem of the config file
+    )->Path: # the run that `--resume` without a folder means
+    "Find the newest run of this config that has a checkpoint."
+    first = _first_folder(cfg, name)
     found = [p for p in first.parent.glob(f"{first.name}*")
              if re.fullmatch(re.escape(first.name)+r"(-\d+)?", p.name) and newest_checkpoint(p)]
     if not found:
@@ -54,25 +56,30 @@ def newest_run(cfg:RunConfig, name:str)->Path: # the run that `--resume` without
                         "--resume, or name the run folder")
     return max(found, key=lambda p: p.stat().st_mtime).resolve()
 
+def _first_folder(cfg, name): return Path(cfg.training.output_dir or f"runs/{name}")
+
 # %% ../../nbs/run/05_run_folder.ipynb #15train078
-def environment(cfg:RunConfig, place:RankInfo)->dict: # for environment.json
-    "What one needs to know to repeat this run elsewhere."
+def environment(cfg:RunConfig, # the run
+    place:RankInfo, # this process among the ranks
+    )->dict: # for environment.json
+    "Collect what one needs to know to repeat this run elsewhere."
     kit = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "deepspeed",
-        "qlora_kit")
-    versions = {name: _version(name) for name in kit}
+           "qlora_kit")
     card = torch.cuda.get_device_name(place.device) if place.device != "cpu" else None
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True,
                             check=False).stdout.strip() or None
     return dict(python=platform.python_version(), system=platform.platform(), card=card,
-                threads=torch.get_num_threads(), ranks=place.ranks,
-                seed=cfg.training.seed, commit=commit, versions=versions)
+                threads=torch.get_num_threads(), ranks=place.ranks, seed=cfg.training.seed,
+                commit=commit, versions={name: _version(name) for name in kit})
 
 def _version(name):
     try: return metadata.version(name)
     except metadata.PackageNotFoundError: return None
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder007
-def read_state(run:Path|str)->dict: # pid, host, state, heartbeat, error, total; {} if there is none that can be read
+def read_state(
+    run:Path|str, # its folder
+    )->dict: # pid, host, state, heartbeat, error, total; {} if no such file can be read
     "Read the state.json of a run."
     try: said = json.loads((Path(run)/"state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
@@ -89,27 +96,34 @@ def lives(process:psutil.Process|int, # or its number
     except psutil.NoSuchProcess: return False
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder010
-def heartbeat(run:Path, total:int)->None: # on rank 0; total: steps of the run
+def heartbeat(run:Path, # its folder
+    total:int, # optimizer steps of the whole run
+    )->None: # on rank 0
     "Say that the run is alive, unless a rank has said otherwise."
     check_place(run)
     if read_state(run).get("state") == "running": write_state(run, "running", total=total)
 
-def check_place(run:Path)->None: # on rank 0; `RunFailed`
+def check_place(run:Path, # its folder
+    )->None: # on rank 0; `RunFailed`
     "Nothing may be written into a folder that another run has got meanwhile."
     if replaced(run):
         raise RunFailed(f"{run} is no longer the folder in which this run began: it was moved, "
                         "deleted or given to another run; nothing more is written there")
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder012
-def requests(run:Path, engine)->set: # {"save"} or nothing, the same on every rank
-    "What the person asked for since the last step."
+def requests(run:Path, # its folder
+    engine, # of this rank
+    )->set: # {"save"} or nothing, the same on every rank
+    "Read what the person asked for since the last step."
     asked = engine.total("save" in read_requests(run) if engine.rank == 0 else 0)
     if asked and engine.rank == 0: clear_requests(run, ["save"])
     return {"save"} if asked else set()
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder016
-def save(run:Path, engine, progress:Progress, *,
-    size:int, # rows of a step, which a resume keeps
+def save(run:Path, # its folder
+    engine, # of this rank
+    progress:Progress, # where the run is
+    *, size:int, # rows of a step, which a resume keeps
     keep:int, # checkpoints that stay, besides the best
     )->None:
     "Write a checkpoint."
@@ -121,7 +135,9 @@ def save(run:Path, engine, progress:Progress, *,
                         best_step=progress.best_step)
     engine.total(0)   # nobody goes on before it is on the disk
 
-def restore(engine, checkpoint:Path)->Progress: # where the run is
+def restore(engine, # of this rank
+    checkpoint:Path, # its folder
+    )->Progress: # where the run is
     "Put a checkpoint back into the engine."
     state = load_checkpoint(checkpoint)
     check_names(state.tensors, engine.gather())
@@ -129,61 +145,11 @@ def restore(engine, checkpoint:Path)->Progress: # where the run is
     engine.load(state.tensors, state.step)
     return Progress(**state.info["progress"])
 
-# %% ../../nbs/run/05_run_folder.ipynb #runrunfolder020
-def open_run(cfg:RunConfig, name:str, resume, place:RankInfo)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
-    "Choose folder and checkpoint on rank 0, and tell the others."
-    choice = [None]
-    if place.rank == 0:
-        try: choice = [choose_run(cfg, name, resume=resume, ranks=place.ranks)]
-        except UserError as e: choice = [e]
-    if place.ranks > 1: torch.distributed.broadcast_object_list(choice, src=0)
-    if isinstance(choice[0], UserError): raise already_reported(choice[0], place.rank > 0)
-    run, checkpoint = choice[0]
-    (run/"logs").mkdir(exist_ok=True)
-    if place.ranks > 1: write_atomic(run/f"logs/rank-{place.rank}.pid", _me(), sync=False)
-    # a folder of whoever launched this and wants to know
-    told = Path(os.environ.get("QLORA_KIT_TELL", ""))
-    if os.environ.get("LOCAL_RANK", "0") == "0" and told.is_absolute() and told.exists():
-        write_atomic(told/"run", str(run), sync=False)
-    return run, checkpoint
-
-def _me(): return f"{socket.gethostname()} {os.getpid()}"
-
-def already_reported(e:BaseException, yes:bool=True)->BaseException:
-    "Mark an error that another rank has shown already."
-    e.hushed = yes
-    return e
-
-# %% ../../nbs/run/05_run_folder.ipynb #15train101
-def choose_run(cfg:RunConfig, name:str, resume, ranks:int)->tuple[Path, Path|None]: # run folder, checkpoint to resume from
-    "A new folder, or one whose run can go on with these settings and ranks; this process holds it from here on."
-    if not resume: run = new_run(cfg, name)
-    else: run = Path(resume).resolve() if isinstance(resume, (str, Path)) else newest_run(cfg, name)
-    if resume and not checkpoints(run):
-        raise UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
-    hold(run)
-    try:
-        checkpoint = resumable(cfg, run, ranks) if resume else None
-        for old in [*(run/"logs").glob("rank-*.pid"), *run.rglob(".*.????????.tmp")]:
-            old.unlink(missing_ok=True) # of processes that were killed
-        write_state(run, "running")
-    except BaseException:
-        release(run)
-        raise
-    return run, checkpoint
-
-def resumable(cfg:RunConfig, run:Path, ranks:int)->Path: # the checkpoint to resume from
-    "The newest whole checkpoint; `UserError` if these settings or ranks would make another run of it."
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
-        raise UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
-    if stored := stored_settings(run, checkpoint): check_resume(stored, cfg.model_dump())
-    keep_step(cfg, checkpoint, ranks)
-    return checkpoint
-
 # %% ../../nbs/run/05_run_folder.ipynb #15train101b
-def stored_settings(run:Path, checkpoint:Path)->dict|None: # None without a config.yaml, with a line on stderr
-    "Settings that a run was started with, keys younger than the run at their defaults; `UserError` if the file is damaged."
+def stored_settings(run:Path, # its folder
+    checkpoint:Path, # the newest that is whole, for the message
+    )->dict|None: # None without a config.yaml, with a line on stderr
+    "Read the settings of a run, younger keys at their defaults; `UserError` for a damaged file."
     path = run/"config.yaml"
     try:
         values, text = read_yaml(path)
@@ -205,34 +171,105 @@ def keep_step(cfg:RunConfig, # settings now
     ranks:int, # W now
     )->RunConfig: # the same, or a copy with another batch_size and accumulation
     "A step keeps its rows on any number of ranks."
-    t, info = cfg.training, checkpoint_info(checkpoint)
-    size, now = info["size"], t.batch_size*t.gradient_accumulation_steps
+    t, size = cfg.training, checkpoint_info(checkpoint)["size"]
+    now = t.batch_size*t.gradient_accumulation_steps
     if now*ranks == size: return cfg
     if size % now:
         raise UserError(f"--resume: a step of this run has {size} rows; batch_size × "
                         f"gradient_accumulation_steps is {now}, over {ranks} ranks {now*ranks}. "
                         "Put them back to what they were")
+    B, accumulation = share_step(size, ranks, t.batch_size)
     cfg = cfg.model_copy(deep=True)
-    cfg.training.batch_size, cfg.training.gradient_accumulation_steps = share_step(size, ranks, t.batch_size)
+    cfg.training.batch_size, cfg.training.gradient_accumulation_steps = B, accumulation
     return cfg
 
+# %% ../../nbs/run/05_run_folder.ipynb #15train101
+def choose_run(cfg:RunConfig, # the run
+    name:str, # stem of the config file
+    resume:bool|str|Path, # False: a new run; True: the newest; or a run folder
+    ranks:int, # W
+    )->tuple[Path, Path|None]: # run folder, checkpoint to resume from
+    "Choose a folder for these settings and ranks; this process holds it from here on."
+    if not resume: run = new_run(cfg, name)
+    elif isinstance(resume, (str, Path)): run = Path(resume).resolve()
+    else: run = newest_run(cfg, name)
+    if resume and not checkpoints(run): raise _nothing_to_resume(run)
+    hold(run)
+    try:
+        checkpoint = _resumable(cfg, run, ranks) if resume else None
+        for old in [*(run/"logs").glob("rank-*.pid"), *run.rglob(".*.????????.tmp")]:
+            old.unlink(missing_ok=True) # of processes that were killed
+        write_state(run, "running")
+    except BaseException:
+        release(run)
+        raise
+    return run, checkpoint
+
+def _resumable(cfg, run, ranks): # the newest whole checkpoint, if it can go on like this
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None: raise _nothing_to_resume(run)
+    if stored := stored_settings(run, checkpoint): check_resume(stored, cfg.model_dump())
+    keep_step(cfg, checkpoint, ranks)
+    return checkpoint
+
+def _nothing_to_resume(run):
+    return UserError(f"--resume: {run} has no valid checkpoint; start a new run without --resume")
+
+# %% ../../nbs/run/05_run_folder.ipynb #runrunfolder020
+def open_run(cfg:RunConfig, # the run
+    name:str, # stem of the config file
+    resume:bool|str|Path, # False: a new run; True: the newest; or a run folder
+    place:RankInfo, # this process among the ranks
+    )->tuple[Path, Path|None]: # run folder, checkpoint to resume from
+    "Choose folder and checkpoint on rank 0, and send them to the others."
+    choice = [None]
+    if place.rank == 0:
+        try: choice = [choose_run(cfg, name, resume=resume, ranks=place.ranks)]
+        except UserError as e: choice = [e]
+    if place.ranks > 1: torch.distributed.broadcast_object_list(choice, src=0)
+    if isinstance(choice[0], UserError): raise already_reported(choice[0], place.rank > 0)
+    run, checkpoint = choice[0]
+    (run/"logs").mkdir(exist_ok=True)
+    if place.ranks > 1: write_atomic(run/f"logs/rank-{place.rank}.pid", _me(), sync=False)
+    mailbox = Path(os.environ.get("QLORA_KIT_TELL", "")) # of the command that launched this
+    if os.environ.get("LOCAL_RANK", "0") == "0" and mailbox.is_absolute() and mailbox.exists():
+        write_atomic(mailbox/"run", str(run), sync=False)
+    return run, checkpoint
+
+def _me(): return f"{socket.gethostname()} {os.getpid()}"
+
+def already_reported(e:BaseException, # what went wrong
+    yes:bool=True, # has another rank shown it?
+    )->BaseException: # `e`
+    "Mark an error that another rank has shown already."
+    e.already_reported = yes
+    return e
+
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder027
-def lost_ranks(run:Path)->list: # of this host
-    "Ranks whose process is gone."
+def lost_ranks(
+    run:Path, # its folder
+    )->list: # of this host
+    "Find the ranks whose process is gone."
     said = {int(p.stem.split("-")[1]): p.read_text().split()
             for p in (run/"logs").glob("rank-*.pid")}
     return sorted(rank for rank, (host, pid) in said.items()
                   if host == socket.gethostname() and not lives(int(pid)))
 
-def still_ours(run:Path, place:RankInfo)->bool:
+def still_ours(
+    run:Path, # its folder
+    place:RankInfo, # this process among the ranks
+    )->bool:
     "Is the run in this folder the one of this process?"
     if place.rank == 0: return not replaced(run)
     try: return (run/f"logs/rank-{place.rank}.pid").read_text() == _me()
     except OSError: return False
 
 # %% ../../nbs/run/05_run_folder.ipynb #15train110
-def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
-    "logs/rank-N.log; with `debug` every library may speak."
+def open_log(run:Path, # its folder
+    rank:int, # of this process
+    debug:bool, # let every library speak
+    )->logging.Logger:
+    "Write logs/rank-N.log from here on."
     (run/"logs").mkdir(exist_ok=True)
     handler = logging.FileHandler(run/f"logs/rank-{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -246,8 +283,10 @@ def open_log(run:Path, rank:int, debug:bool)->logging.Logger:
     return log
 
 # %% ../../nbs/run/05_run_folder.ipynb #runrunfolder031
-def summarize(run:Path, engine, progress:Progress, *,
-    status:str, # how the run ended
+def summarize(run:Path, # its folder
+    engine, # of this rank
+    progress:Progress, # where the run is
+    *, status:str, # how the run ended
     before:float|None=None, # score before the first step
     after:float|None=None, # score after the last
     predicted:float|None=None, # GB at the peak

@@ -710,7 +710,7 @@ def _show_bench(*, as_json, **asked): # options of `bench`; exit code
 def ending(e:BaseException, # raised by a command
     )->tuple[int, str]: # exit code; what to say, "" where it has been said
     "Translate how a command ended."
-    reported = getattr(e, "already_reported", getattr(e, "hushed", False))
+    reported = getattr(e, "already_reported", False)
     if isinstance(e, UserError): return 2, "" if reported else str(e)
     if isinstance(e, KeyboardInterrupt): return 130, "interrupted"
     if isinstance(e, SystemExit):

@@ -62,7 +62,7 @@ def kit_tokens(job:dict, tell)->None: # tell: called with what is known, as it b
     if job["folder"]:
         _, rungs = memory_predictor(job, cfg, place=place, tell=tell)(Path(job["folder"]), job["T"])
         start = time.perf_counter()
-        model = build_model(cfg, Path(job["folder"]), device=place.device, rungs=rungs)
+        model = build_model(cfg, Path(job["folder"]), device=place.device, levels=rungs)
     else: model = large_model(job, cfg, place=place, tell=tell)
     wait_for_card()
     tell(load_s=time.perf_counter() - start if job["folder"] else None)
@@ -109,7 +109,7 @@ def kit_rows(job:dict, tell)->None:
     from qlora_kit.run.assemble import make_engine, make_job
     cfg, place, start = kit_config(job), join_ranks(), time.perf_counter()
     run = make_job(cfg, Path("."), place=place,
-                   expect=memory_predictor(job, cfg, place=place, tell=tell))
+                   predict=memory_predictor(job, cfg, place=place, tell=tell))
     engine = make_engine(run)
     engine.module.train()
     wait_for_card()

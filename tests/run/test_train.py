@@ -1,73 +1,23 @@
-"""The whole run on a tiny real checkpoint: resume, adapter, invariants, and the ways a run can end."""
+"""The whole run on a tiny real checkpoint: adapter, invariants, and the ways a run can end."""
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import losses, run
+from safetensors.torch import load_file
 
-from qlora_kit.run.checkpoint import checkpoints, load_checkpoint
-from qlora_kit.run.config import config_yaml, load_config
 from qlora_kit.data.files import UserError
-from qlora_kit.training.engine import join_ranks
+from qlora_kit.training.loop import RunFailed
+from qlora_kit.run.checkpoint import checkpoints, load_checkpoint
+from qlora_kit.run.config import load_config
 from qlora_kit.run.monitor import read_metrics
-from qlora_kit.training.loop import check_document_isolation, RunFailed
-from qlora_kit.run.assemble import make_engine, make_job
 from qlora_kit.run.train import train
-
-TIMED = ("tokens_per_s", "samples_per_s", "mem_gb", "mem_peak_gb", "elapsed_s")
-
-
-def run(path, *overrides, **options):
-    return train(load_config(path, overrides), path.stem, quiet=True, base=path.parent, **options)
-
-
-def losses(result):
-    return [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(result.run)]
-
-
-@pytest.fixture(scope="module")
-def whole(tiny_llama, tmp_path_factory):
-    """An uninterrupted run with a checkpoint at every step; dropout on, accumulation 2."""
-    import yaml
-
-    from conftest import write_rows
-
-    folder = tmp_path_factory.mktemp("whole")
-    write_rows(folder / "rows.json")
-    values = {
-        "model": {"base_model": str(tiny_llama), "lora_r": 4, "lora_dropout": 0.1},
-        "training": {"num_epochs": 2, "batch_size": 2, "gradient_accumulation_steps": 2, "learning_rate": 0.01, "max_length": 96,
-                     "save_steps": 1, "eval_steps": 4, "save_total_limit": 50, "output_dir": str(folder / "runs/whole")},
-        "data": {"train_file": "rows.json", "validation_split": 0.2},
-    }
-    path = folder / "whole.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path, run(path)
-
-
-@pytest.mark.parametrize("step", [1, 4, 7])
-def test_resumed_equals_uninterrupted_to_the_last_bit(whole, tmp_path, step):
-    path, full = whole
-    cut = tmp_path / "cut"
-    shutil.copytree(full.run, cut)
-    for checkpoint in checkpoints(cut):  # a power cut after `step`: later checkpoints never came to be
-        if load_checkpoint(checkpoint).step > step:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(cut / "adapter")
-    resumed = run(path, f"training.output_dir={cut}", resume=cut)
-    assert losses(resumed) == losses(full)
-    a, b = (load_checkpoint(checkpoints(r.run)[0]) for r in (full, resumed))
-    assert a.step == b.step == full.summary["steps"] and a.tensors.keys() == b.tensors.keys()
-    assert all(torch.equal(a.tensors[k], b.tensors[k]) for k in a.tensors)
-    files = [load_file(r.run / "adapter/adapter_model.safetensors") for r in (full, resumed)]
-    assert all(torch.equal(files[0][k], files[1][k]) for k in files[0])
 
 
 def test_the_run_learned_and_left_its_folder(whole):
@@ -117,78 +67,9 @@ def test_frozen_bytes_never_change(tiny_config):
     assert packed_hash(job.model) == before
 
 
-def test_accumulated_micro_batches_equal_the_large_batch(tiny_config):
-    """Three steps with unequal target counts; fp32 sums in another order differ by a few roundings of 6e-8."""
-    runs = [run(tiny_config(f"acc{k}", training__batch_size=8 // k, training__gradient_accumulation_steps=k, training__max_steps=3, model__lora_dropout=0.0)) for k in (1, 2, 4)]
-    for other in runs[1:]:
-        for a, b in zip(losses(runs[0]), losses(other)):
-            assert b["loss"] == pytest.approx(a["loss"], rel=1e-5) and b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
-
-
 def test_recompute_changes_no_bit(tiny_config):
     runs = [run(tiny_config(f"re-{r}", training__recompute=r, training__max_steps=3)) for r in ("none", "layer")]
     assert losses(runs[0]) == losses(runs[1])
-
-
-def test_a_loss_that_is_no_number_ends_the_run_and_spares_the_checkpoint(tiny_config):
-    path = tiny_config("nan", training__learning_rate=1e20, training__max_grad_norm=1e20, training__lr_scheduler="constant", training__save_steps=1)
-    with pytest.raises(RunFailed, match="learning_rate"):
-        run(path)
-    folder = path.parent / "runs/nan"
-    assert load_checkpoint(checkpoints(folder)[0]).step >= 1
-    state = json.loads((folder / "state.json").read_text())
-    assert state["state"] == "failed" and "learning_rate" in state["error"]
-
-
-def test_a_loss_that_is_no_number_before_any_update_is_not_blamed_on_the_rate(tiny_config, tiny_llama, tmp_path):
-    broken = tmp_path / "broken"
-    shutil.copytree(tiny_llama, broken)
-    tensors = load_file(broken / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(RunFailed, match="at step 1; no update came before it") as failure:
-        run(tiny_config("broken", model__base_model=str(broken)))
-    assert "learning_rate" not in str(failure.value)
-
-
-def test_speed_does_not_count_evaluations_and_checkpoints(tiny_config, monkeypatch):
-    """The clock stands still but for what is no training, which takes a thousand seconds, and a second in each step."""
-    import qlora_kit.run.train as kit
-
-    now, spent = [0.0], {"train_step": 1, "evaluate_step": 1000, "save": 1000}
-    for name, seconds in spent.items():
-        def slow(*args, seconds=seconds, act=getattr(kit, name), **options):
-            now[0] += seconds
-            return act(*args, **options)
-        monkeypatch.setattr(kit, name, slow)
-    monkeypatch.setattr(kit.time, "monotonic", lambda: now[0])
-    records = read_metrics(run(tiny_config("speed", training__save_steps=1, training__eval_steps=2, training__max_steps=4, data__validation_split=0.2)).run)
-    assert now[0] > 3000 and sum("val_loss" in r for r in records) >= 2
-    assert [r["samples_per_s"] for r in records] == pytest.approx([records[0]["samples_per_s"]] * 4)
-
-
-def test_rows_of_a_batch_have_no_pads_on_a_cpu(tiny_config, tmp_path):
-    path = tiny_config("joined", training__batch_size=4)
-    job = make_job(load_config(path), tmp_path / "run", join_ranks(), base=path.parent)
-    sizes = [batch["input_ids"].shape for batch in job.feed.batches(0)]
-    assert job.feed.joined and all(B == 1 for B, _ in sizes) and sum(T for _, T in sizes) == job.feed.count(0)[1]
-
-
-def test_a_model_that_looks_across_documents_pads_the_rows_of_a_cpu(tiny_config, tmp_path):
-    """Each token of the first layer is told its predecessor, as in a model with a convolution."""
-    path = tiny_config("across", training__batch_size=4)
-    for across in (False, True):
-        job = make_job(load_config(path), tmp_path / "run", join_ranks(), base=path.parent)
-        if across: job.model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0] + args[0].roll(1, 1), *args[1:]))
-        check_document_isolation(make_engine(job), job.feed)
-        assert job.feed.joined is not across and (len(next(job.feed.batches(0))["input_ids"]) > 1) is across
-
-
-def test_a_step_that_is_saved_is_no_faster_than_its_neighbours(tiny_config):
-    """Within a factor of 50, which a checkpoint's own time stays in; with the clock read twice for one step it was thousands."""
-    result = run(tiny_config("rates", training__save_steps=2, training__max_steps=7, data__validation_split=0.0))
-    rates = [r["tokens_per_s"] for r in read_metrics(result.run)]
-    assert len(rates) == 7 and max(rates) < 50 * min(rates), rates
 
 
 def test_early_stop_keeps_the_best_adapter(tiny_config):
@@ -218,17 +99,6 @@ def test_the_control_folder_stops_a_run(tiny_config, monkeypatch):
     monkeypatch.setattr(module.Monitor, "log", ask)
     result = run(path)
     assert result.status == "stop" and result.summary["steps"] == 3 and load_checkpoint(checkpoints(result.run)[0]).step == 3
-
-
-def test_resume_refuses_another_learning_rate(whole):
-    path, full = whole
-    with pytest.raises(UserError, match=r"learning_rate.*0\.01.*0\.02"):
-        run(path, f"training.output_dir={full.run}", "training.learning_rate=0.02", resume=full.run)
-
-
-def test_a_run_is_never_written_over(tiny_config):
-    path = tiny_config("twice", training__max_steps=1)
-    assert [run(path).run.name for _ in range(3)] == ["twice", "twice-2", "twice-3"]
 
 
 @pytest.fixture(scope="module")
@@ -275,53 +145,11 @@ def test_tensorboard_gets_the_same_numbers(tiny_config):
     assert [e.value for e in events.Scalars("loss")] == pytest.approx([r["loss"] for r in read_metrics(result.run)], rel=1e-6)
 
 
-def test_resume_keeps_the_rows_of_a_step(whole):
-    path, full = whole
-    with pytest.raises(UserError, match="4 rows.*8"):
-        run(path, f"training.output_dir={full.run}", "training.batch_size=4", resume=full.run)
-
-
 def test_a_refused_start_leaves_no_folder(tiny_config):
     path = tiny_config("refused", training__report_to="none", model__target_modules=["nothing"])
     with pytest.raises(UserError, match="nothing"):
         run(path)
     assert not (path.parent / "runs/refused").exists()
-
-
-def test_a_step_is_kept_when_the_checkpoint_came_from_two_ranks(whole, tmp_path):
-    """The settings are those of two ranks with two rows each; alone it takes two micro-batches."""
-    from qlora_kit.run.checkpoint import checkpoint_info
-    from qlora_kit.run.run_folder import keep_step
-
-    path, full = whole
-    checkpoint = checkpoints(full.run)[0]
-    size = checkpoint_info(checkpoint)["size"]
-    assert size == 4
-    for batch_size, accumulation, ranks, shares in ((2, 2, 1, (2, 2)), (2, 1, 1, (2, 2)), (2, 2, 2, (2, 1)), (2, 1, 4, (1, 1)), (4, 1, 2, (2, 1))):
-        cfg = load_config(path, [f"training.batch_size={batch_size}", f"training.gradient_accumulation_steps={accumulation}"])
-        kept = keep_step(cfg, checkpoint, ranks)
-        assert (kept.training.batch_size, kept.training.gradient_accumulation_steps) == shares
-        assert cfg.training.batch_size == batch_size, "the caller's settings stay as they are"
-    with pytest.raises(UserError, match="4 rows.*3 ranks"):
-        keep_step(cfg, checkpoint, 3)
-    cut = tmp_path / "cut"
-    shutil.copytree(full.run, cut)
-    for later in checkpoints(cut)[:2]:
-        shutil.rmtree(later)
-    resumed = run(path, f"training.output_dir={cut}", "training.gradient_accumulation_steps=1", resume=cut)
-    assert losses(resumed) == losses(full)
-
-
-def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypatch):
-    from qlora_kit.run import assemble as module
-
-    path = tiny_config("row")
-    rows = json.loads((path.parent / "rows.json").read_text())
-    del rows[6]["output"]
-    (path.parent / "rows.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(module, "resolve_base", lambda *a: pytest.fail("the model was asked for first"))
-    with pytest.raises(UserError, match="row 7"):
-        run(path)
 
 
 def interrupted(number):
@@ -376,7 +204,7 @@ def test_the_first_error_of_several_ranks_stands(tmp_path):
     write_state(tmp_path, "running")
     ended(1, ValueError("boom"))
     heartbeat(tmp_path, 1)
-    assert ended(0, closed).hushed and state()["state"] == "failed" and state()["error"] == "rank 1: ValueError: boom"
+    assert ended(0, closed).already_reported and state()["state"] == "failed" and state()["error"] == "rank 1: ValueError: boom"
     write_state(tmp_path, "running")
     ended(1, Stopped("SIGTERM"))
     assert isinstance(ended(0, closed), Stopped) and state()["state"] == "stopped"
@@ -408,27 +236,6 @@ def test_no_fault_at_any_write_loses_a_run(scored_config, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("text", ["", "\0" * 300, "model:\n  base_mod", "- a list", "model: {lora_r: no number}", "\xff"])
-def test_a_damaged_config_is_named_and_the_run_goes_on_without_it(whole, tmp_path, capsys, text):
-    from qlora_kit.tools.commands import run_app
-
-    path, full = whole
-    cut = tmp_path / "cut"
-    shutil.copytree(full.run, cut)
-    shutil.rmtree(checkpoints(cut)[0])
-    (cut / "config.yaml").write_bytes(text.encode("latin-1"))
-    words = ["train", str(path), "--resume", str(cut), f"training.output_dir={cut}"]
-    assert run_app(words) == 2
-    line = capsys.readouterr().err.strip()
-    assert "\n" not in line and f"{cut}/config.yaml is damaged" in line and f"checkpoints/{checkpoints(cut)[0].name} is whole" in line and "Delete config.yaml" in line
-    if text: return
-    (cut / "config.yaml").unlink()
-    assert run_app(words) == 0
-    assert "config.yaml is gone" in capsys.readouterr().err
-    assert [{k: v for k, v in r.items() if k not in TIMED} for r in read_metrics(cut)] == losses(full)
-    assert (cut / "config.yaml").exists()
-
-
 @pytest.mark.parametrize("text", ["", "[{", "{}", "[]", "[1]"])
 def test_damaged_answers_cost_a_run_their_score_only(scored_config, text, capsys):
     path = scored_config("answers")
@@ -443,77 +250,6 @@ def test_damaged_answers_cost_a_run_their_score_only(scored_config, text, capsys
     assert all("after" in entry for entry in json.loads((first.run / "answers.json").read_text()))
 
 
-def started(path, *words):
-    return subprocess.Popen([sys.executable, "-m", "qlora_kit.tools.commands", "train", str(path), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-
-def wait_for(true, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_a_living_run_is_not_resumed_and_a_killed_one_is_by_one_of_two(tiny_config):
-    from qlora_kit.run.monitor import ask
-
-    path = tiny_config("living", training__num_epochs=100_000, training__save_steps=5, training__save_total_limit=2)
-    folder, first = path.parent / "runs/living", started(path)
-    both = []
-    try:
-        wait_for(lambda: checkpoints(folder))
-        refused = started(path, "--resume", str(folder))
-        err = refused.communicate(timeout=120)[1].strip().splitlines()
-        assert refused.returncode == 2 and f"process {first.pid} on" in err[-1] and "sign of life" in err[-1] and "control/stop" in err[-1]
-        with pytest.raises(UserError, match=f"process {first.pid} on"):
-            run(path, resume=folder)
-        assert first.poll() is None and json.loads((folder / "state.json").read_text())["pid"] == first.pid
-        first.kill(), first.wait()
-        both = [started(path, "--resume", str(folder)) for _ in range(2)]
-        wait_for(lambda: any(p.poll() is not None for p in both))
-        over, lives = sorted(both, key=lambda p: p.poll() is None)
-        assert over.returncode == 2 and f"process {lives.pid} on" in over.stderr.read()
-        steps = len(read_metrics(folder))
-        wait_for(lambda: len(read_metrics(folder)) > steps + 5)
-        ask(folder, "stop")
-        lives.communicate(timeout=120)
-        logged = [r["step"] for r in read_metrics(folder)]
-        assert logged == list(range(1, len(logged) + 1)) and json.loads((folder / "state.json").read_text())["state"] == "stopped"
-    finally:
-        for p in [first, *both]: p.kill(), p.wait()
-
-
-def test_two_who_start_at_once_get_two_folders(tiny_config):
-    path = tiny_config("race", training__max_steps=1)
-    both = [started(path) for _ in range(2)]
-    for p in both:
-        p.communicate(timeout=300)
-        assert p.returncode == 0
-    assert sorted(p.name for p in (path.parent / "runs").iterdir()) == ["race", "race-2"]
-    assert all(json.loads((p / "summary.json").read_text())["steps"] == 1 for p in (path.parent / "runs").iterdir())
-
-
-def test_a_run_whose_folder_is_given_to_another_writes_nothing_there(tiny_config, monkeypatch):
-    from qlora_kit.run import train as module
-
-    path = tiny_config("moved", training__save_steps=1)
-    folder, log = path.parent / "runs/moved", module.Monitor.log
-
-    def move(self, record):
-        log(self, record)
-        if record["step"] == 2:
-            folder.rename(folder.with_name("aside"))
-            folder.mkdir()
-            (folder / "lock").touch()
-
-    monkeypatch.setattr(module.Monitor, "log", move)
-    with pytest.raises(RunFailed, match="no longer the folder"):
-        run(path)
-    assert [p.name for p in folder.iterdir()] in (["lock"], ["lock", "curves.png"])
-    assert checkpoints(folder.with_name("aside"))
-
-
 def test_a_rank_of_a_former_run_keeps_silent(tmp_path):
     import socket
 
@@ -525,55 +261,5 @@ def test_a_rank_of_a_former_run_keeps_silent(tmp_path):
     write_state(tmp_path, "running")
     for text in (None, f"{socket.gethostname()} 1"):
         if text: (tmp_path / "logs/rank-1.pid").write_text(text)
-        assert end_badly(None, tmp_path, None, place=RankInfo(1, 2), e=RuntimeError("Connection closed by peer")).hushed
+        assert end_badly(None, tmp_path, None, place=RankInfo(1, 2), e=RuntimeError("Connection closed by peer")).already_reported
         assert json.loads((tmp_path / "state.json").read_text())["state"] == "running"
-
-
-def test_a_launcher_has_no_last_word_on_a_run_that_another_process_goes_on_with(tmp_path):
-    from qlora_kit.tools.processes import last_word
-    from qlora_kit.run.monitor import hold, release, write_state
-
-    state = lambda: json.loads((tmp_path / "state.json").read_text())["state"]
-    hold(tmp_path)
-    write_state(tmp_path, "running")
-    last_word(tmp_path)
-    assert state() == "running"
-    release(tmp_path)
-    last_word(tmp_path)
-    assert state() == "failed"
-
-
-def test_a_run_lets_go_of_its_folder_however_it_ends(tiny_config, whole, monkeypatch):
-    from qlora_kit.run import monitor
-    from qlora_kit.run import train as module
-
-    path, full = whole
-    assert not monitor.HELD
-    with pytest.raises(UserError, match="learning_rate"):
-        run(path, f"training.output_dir={full.run}", "training.learning_rate=0.02", resume=full.run)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        monkeypatch.setattr(module, "make_engine", interrupted(number))
-        with pytest.raises(module.Stopped):
-            run(tiny_config("let-go"))
-    assert not monitor.HELD
-
-
-@pytest.mark.parametrize("said, stage, backend, overlap", [(None, 3, "nccl", True), (None, 3, "gloo", False), (None, 2, "nccl", False), (False, 3, "nccl", False), (True, 2, "gloo", True)])
-def test_gathers_run_beside_the_computation_where_every_rank_has_a_card(tiny_config, tmp_path, monkeypatch, said, stage, backend, overlap):
-    """By default; a word of the run's config or of the DeepSpeed file counts, and the file's stage does."""
-    from qlora_kit.run.assemble import deepspeed_config
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
-    choice = {} if said is None else {"deepspeed__overlap_comm": said}
-    cfg, place = load_config(tiny_config("overlap", deepspeed__stage=stage, **choice)), join_ranks()
-    place.ranks = 2
-    assert deepspeed_config(cfg, place, 64)["zero_optimization"]["overlap_comm"] is overlap
-    if said is not None or stage != 3: return
-    cfg, file = load_config(tiny_config("file")), tmp_path / "ds.json"
-    for zero, expected in (({"stage": 2}, False), ({"stage": "auto", "overlap_comm": "auto"}, overlap), ({"overlap_comm": False}, False)):
-        file.write_text(json.dumps({"zero_optimization": zero}))
-        assert deepspeed_config(cfg, place, 64, str(file))["zero_optimization"]["overlap_comm"] is expected, zero
-    again = tmp_path / "again.yaml"  # as a run folder keeps it, every default written down
-    again.write_text(config_yaml(cfg))
-    assert deepspeed_config(load_config(again), place, 64)["zero_optimization"]["overlap_comm"] is overlap

@@ -1,0 +1,62 @@
+"""What a config is made into, and which mistake comes first."""
+import json
+
+import pytest
+import torch
+from conftest import run
+
+from qlora_kit.data.files import UserError
+from qlora_kit.training.engine import join_ranks
+from qlora_kit.training.loop import check_document_isolation
+from qlora_kit.run.assemble import make_engine, make_job
+from qlora_kit.run.config import config_yaml, load_config
+
+
+def test_rows_of_a_batch_have_no_pads_on_a_cpu(tiny_config, tmp_path):
+    path = tiny_config("joined", training__batch_size=4)
+    job = make_job(load_config(path), tmp_path / "run", join_ranks(), base=path.parent)
+    sizes = [batch["input_ids"].shape for batch in job.feed.batches(0)]
+    assert job.feed.joined and all(B == 1 for B, _ in sizes) and sum(T for _, T in sizes) == job.feed.count(0)[1]
+
+
+def test_a_model_that_looks_across_documents_pads_the_rows_of_a_cpu(tiny_config, tmp_path):
+    """Each token of the first layer is told its predecessor, as in a model with a convolution."""
+    path = tiny_config("across", training__batch_size=4)
+    for across in (False, True):
+        job = make_job(load_config(path), tmp_path / "run", join_ranks(), base=path.parent)
+        if across: job.model.get_base_model().model.layers[0].register_forward_pre_hook(lambda layer, args: (args[0] + args[0].roll(1, 1), *args[1:]))
+        check_document_isolation(make_engine(job), job.feed)
+        assert job.feed.joined is not across and (len(next(job.feed.batches(0))["input_ids"]) > 1) is across
+
+
+def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypatch):
+    from qlora_kit.run import assemble as module
+
+    path = tiny_config("row")
+    rows = json.loads((path.parent / "rows.json").read_text())
+    del rows[6]["output"]
+    (path.parent / "rows.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(module, "resolve_base", lambda *a: pytest.fail("the model was asked for first"))
+    with pytest.raises(UserError, match="row 7"):
+        run(path)
+
+
+@pytest.mark.parametrize("said, stage, backend, overlap", [(None, 3, "nccl", True), (None, 3, "gloo", False), (None, 2, "nccl", False), (False, 3, "nccl", False), (True, 2, "gloo", True)])
+def test_gathers_run_beside_the_computation_where_every_rank_has_a_card(tiny_config, tmp_path, monkeypatch, said, stage, backend, overlap):
+    """By default; a word of the run's config or of the DeepSpeed file counts, and the file's stage does."""
+    from qlora_kit.run.assemble import deepspeed_config
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    choice = {} if said is None else {"deepspeed__overlap_comm": said}
+    cfg, place = load_config(tiny_config("overlap", deepspeed__stage=stage, **choice)), join_ranks()
+    place.ranks = 2
+    assert deepspeed_config(cfg, place, 64)["zero_optimization"]["overlap_comm"] is overlap
+    if said is not None or stage != 3: return
+    cfg, file = load_config(tiny_config("file")), tmp_path / "ds.json"
+    for zero, expected in (({"stage": 2}, False), ({"stage": "auto", "overlap_comm": "auto"}, overlap), ({"overlap_comm": False}, False)):
+        file.write_text(json.dumps({"zero_optimization": zero}))
+        assert deepspeed_config(cfg, place, 64, str(file))["zero_optimization"]["overlap_comm"] is expected, zero
+    again = tmp_path / "again.yaml"  # as a run folder keeps it, every default written down
+    again.write_text(config_yaml(cfg))
+    assert deepspeed_config(load_config(again), place, 64)["zero_optimization"]["overlap_comm"] is overlap
