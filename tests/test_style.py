@@ -21,9 +21,9 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
     "short_packs": {
         "data.rows", "memory.planner", "memory.predict", "model.explorer", "model.kernels",
         "model.linear", "model.loader", "model.lora", "tools.contestants", "training.engine",
-        "use.evaluate", "use.merge"},
+        "use.merge"},
     "few_by_position": {
-        "model.linear", "model.loader", "use.evaluate", "use.merge"},
+        "model.linear", "model.loader", "use.merge"},
     "named_arguments": {
         "memory.predict", "model.kernels", "training.engine"},
     "explained": {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluate_loss', 'perplexity', 'parse_json', 'exact_match', 'score_answers', 'field_scores', 'before_after_table',
-           'Report', 'rows_loss', 'questions_of', 'evaluate']
+           'Report', 'evaluate']
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate002
 import json
@@ -19,27 +19,29 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ..data.batches import count_targets, pad, target_weight
+from ..data.files import progress, UserError
 from ..data.rows import Conversation
-from ..data.files import UserError
-from .generate import dequantized, generate
-from ..training.loss import LossModel
 from ..data.tokens import encode_all
-from ..data.files import progress
+from ..training.loss import LossModel
+from .generate import dequantized, eval_mode, generate
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate013
 @torch.no_grad()
 def evaluate_loss(
     forward:Callable, # batch -> summed loss of its targets, by a model in eval mode
     batches:Iterable[dict], # padded or packed, labels [B,T] with -100 where nothing is scored
-    total:Callable|None=None, # adds a number up over all ranks, as an engine's `total`; None with one process
+    total:Callable|None=None, # adds a number up over all ranks, as an engine's; None: one process
 ) -> tuple[float,int]: # mean loss per target in nats, weighted by row; number of targets
     "Divide the loss of all batches by all their targets. `UserError` if there are none."
-    loss, targets, weight = 0.0, 0, 0
+    loss, targets = 0.0, 0
+    weight = 0
     for batch in batches:
         loss += float(forward(batch))
-        targets, weight = targets + count_targets(batch), weight + target_weight(batch)
+        targets += count_targets(batch)
+        weight += target_weight(batch)
     if total is not None:
-        loss, targets, weight = float(total(loss)), int(total(targets)), total(weight)
+        loss, targets = float(total(loss)), int(total(targets))
+        weight = total(weight)
     if targets == 0:
         raise UserError("validation: received no target token; at least one is needed: lengthen "
                         "max_length, or give rows with an answer")
@@ -53,7 +55,7 @@ def perplexity(
     try: return math.exp(loss)
     except OverflowError: return math.inf
 
-# %% ../../nbs/use/04_evaluate.ipynb #13evaluate023
+# %% ../../nbs/use/04_evaluate.ipynb #13evaluate024
 def _once(pairs):
     "The keys and values of a JSON object as a dict; `ValueError` for a key that comes twice."
     if len(dict(pairs)) < len(pairs): raise ValueError("a key comes twice")
@@ -61,7 +63,6 @@ def _once(pairs):
 
 def _not_json(name): raise ValueError(f"{name} is not JSON")
 
-# %% ../../nbs/use/04_evaluate.ipynb #13evaluate024
 def parse_json(
     text:str, # one JSON value, blanks around it allowed
 ) -> tuple[bool,object]: # whether it is JSON, and its value
@@ -69,7 +70,7 @@ def parse_json(
     try: return True, json.loads(text, object_pairs_hook=_once, parse_constant=_not_json)
     except (ValueError, RecursionError): return False, None
 
-# %% ../../nbs/use/04_evaluate.ipynb #13evaluate026
+# %% ../../nbs/use/04_evaluate.ipynb #13evaluate027
 def _same(a, b):
     "Equal JSON values; true is not 1, but 1.0 is."
     if isinstance(a, bool) or isinstance(b, bool): return a is b
@@ -79,7 +80,6 @@ def _same(a, b):
         return len(a) == len(b) and all(map(_same, a, b))
     return a == b
 
-# %% ../../nbs/use/04_evaluate.ipynb #13evaluate027
 def exact_match(
     answer:str, # what the model said
     reference:str, # what it should have said
@@ -109,13 +109,13 @@ def score_answers(
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate036
 def _judge(answer, reference):
-    "Field -> right or wrong, for one answer; a reference that is no JSON object has only the last line."
+    "Field -> right or wrong, for one answer; only the last line if the reference is no JSON object."
     (_, a), (_, b) = parse_json(answer), parse_json(reference)
     whole = {"exact match": exact_match(answer, reference)}
     if not isinstance(b, dict): return whole
     fields = a if isinstance(a, dict) else {}
-    return {"is a record": isinstance(a, dict)} | {k: k in fields and _same(fields[k], v)
-                                                   for k, v in b.items()} | whole
+    by_field = {k: k in fields and _same(fields[k], v) for k, v in b.items()}
+    return {"is a record": isinstance(a, dict)} | by_field | whole
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate037
 def field_scores(
@@ -130,11 +130,11 @@ def field_scores(
                          for answer, reference, group in zip(answers, references, groups)
                          for field, right in _judge(answer, reference).items()])
     order = [*dict.fromkeys(f for f in flat.field if f != "exact match"), "exact match"]
-    table = flat[flat.group != ""].pivot_table(index="field", columns="group", values="right",
-                                               aggfunc="mean")
+    grouped = flat[flat.group != ""]
+    table = grouped.pivot_table(index="field", columns="group", values="right", aggfunc="mean")
     by_field = flat.groupby("field").right
-    return table.reindex(order).assign(all=by_field.mean(),
-                                       rows=by_field.count()).rename_axis(columns=None)
+    table = table.reindex(order).assign(all=by_field.mean(), rows=by_field.count())
+    return table.rename_axis(columns=None)
 
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate041
 def before_after_table(
@@ -166,36 +166,28 @@ class Report:
     exact_match: float|None # share of right answers, 0 to 1; None if none was asked for
     answers: list[str] # one for each question, in their order
 
-# %% ../../nbs/use/04_evaluate.ipynb #13evaluate045
-def rows_loss(
-    model, # causal LM, in eval mode
-    tokenizer, # with a pad token
-    examples:list, # Examples
-    batch_size:int, # rows of a batch
-    quiet:bool=False, # no progress bar
-)->tuple[float,int]: # as `evaluate_loss`
-    "Measure the loss of a model on examples, the longest first."
-    loss_model, order = LossModel(model), sorted(examples, key=lambda e: -len(e.ids))
-    def forward(batch):
-        return loss_model(**{name: x.to(model.device) for name, x in batch.items()})
-    parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
-    parts = progress(parts, "evaluating", quiet)
-    return evaluate_loss(forward, (pad(part, tokenizer.pad_token_id) for part in parts))
-
-def questions_of(
-    conversations:list[Conversation], # any rows
-)->list[Conversation]: # those whose last turn is an answer in words
-    "Select the rows that a model can be asked."
+def _questions(conversations):
+    "The rows whose last turn is an answer in words."
     def answered(c):
         last = c.messages[-1]
         return last["role"] == "assistant" and last.get("content")
     return [c for c in conversations if len(c.messages) > 1 and answered(c) and not c.tools]
 
+def _rows_loss(model, examples, *, pad_id, batch_size, quiet):
+    "As `evaluate_loss`, of a model on examples, the longest first."
+    loss_model, order = LossModel(model), sorted(examples, key=lambda e: -len(e.ids))
+    def forward(batch):
+        return loss_model(**{name: x.to(model.device) for name, x in batch.items()})
+    parts = [order[i:i + batch_size] for i in range(0, len(order), batch_size)]
+    parts = progress(parts, "evaluating", quiet)
+    return evaluate_loss(forward, (pad(part, pad_id) for part in parts))
+
 # %% ../../nbs/use/04_evaluate.ipynb #13evaluate046
 def evaluate(
-    model, # causal LM, with or without LoRA; in eval mode while this runs, then as before
+    model, # causal LM, with or without LoRA
     tokenizer, # with a chat template and a pad token
     conversations:list[Conversation], # held-out rows
+    *,
     max_length:int=512, # tokens of a row, as in training; what is beyond is not scored
     batch_size:int=8, # rows of a batch for the loss; four times as many for the answers
     loss_on:str="assistant", # as for `encode`
@@ -205,18 +197,17 @@ def evaluate(
     "Loss, perplexity and exact match."
     examples, _ = encode_all(tokenizer, conversations, max_length=max_length, loss_on=loss_on,
                              quiet=quiet)
-    asked, answers, training = questions_of(conversations) if ask else [], [], model.training
+    asked, answers = _questions(conversations) if ask else [], []
     references = [c.messages[-1]["content"] for c in asked]
-    model.eval()
-    try:
-        loss, targets = rows_loss(model, tokenizer, examples=examples, batch_size=batch_size,
-                                  quiet=quiet)
+    fast = dequantized(model) if model.device.type == "cpu" else nullcontext()
+    with eval_mode(model):
+        loss, targets = _rows_loss(model, examples, pad_id=tokenizer.pad_token_id,
+                                   batch_size=batch_size, quiet=quiet)
         if asked:
             longest = max(len(tokenizer(r).input_ids) for r in references) + 16
-            with dequantized(model) if model.device.type == "cpu" else nullcontext():
+            with fast:
                 answers = generate(model, tokenizer, conversations=[c.messages[:-1] for c in asked],
                                    max_new_tokens=longest, batch_size=4*batch_size, quiet=quiet)
-    finally: model.train(training)
     score = score_answers(answers, references) if asked else None
     return Report(len(examples), targets, loss=loss, perplexity=perplexity(loss),
                   questions=len(asked), exact_match=score, answers=answers)
