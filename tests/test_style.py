@@ -20,11 +20,11 @@ PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
         "model.kernels"},
     "short_packs": {
         "data.rows", "memory.planner", "memory.predict", "model.explorer", "model.kernels",
-        "model.linear", "model.loader", "model.lora", "training.engine", "use.merge"},
+        "model.linear", "model.loader", "model.lora", "use.merge"},
     "few_by_position": {
         "model.linear", "model.loader", "use.merge"},
     "named_arguments": {
-        "memory.predict", "model.kernels", "training.engine"},
+        "memory.predict", "model.kernels"},
     "explained": {
         "model.kernels", "model.loader"},
 }

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'MOMENTS', 'BITSANDBYTES_NAMES', 'trainable', 'make_optimizer', 'dims', 'optimizer_class', 'set_lr',
-           'to_device', 'LocalEngine', 'local_step', 'Numbers', 'local_state', 'load_local_state', 'fill_moments',
-           'local_scale', 'set_local_scale', 'RankInfo', 'free_port', 'sharing', 'join_ranks', 'leave', 'compute_dtype',
-           'seed_step', 'DeepSpeedEngine', 'forgotten_scale', 'loss_scaler', 'sharded_step', 'sharded_total',
-           'sharded_scale', 'set_sharded_scale', 'masters', 'base_optimizer', 'at_hand', 'empty_moments', 'held',
-           'fp32_copies', 'whole_tensor', 'gather_sharded', 'sharded_state', 'shard', 'put', 'load_sharded_state',
-           'reads_of', 'register_reads', 'layers_of', 'why_no_leaves', 'with_gradient', 'make_leaves', 'keep_trained',
-           'layer_elements', 'overlaps', 'Gathered']
+           'to_device', 'LocalEngine', 'local_step', 'Numbers', 'local_state', 'load_local_state', 'local_scale',
+           'RankInfo', 'free_port', 'sharing', 'join_ranks', 'leave', 'compute_dtype', 'seed_step', 'DeepSpeedEngine',
+           'forgotten_scale', 'sharded_step', 'sharded_total', 'sharded_scale', 'masters', 'base_optimizer',
+           'empty_moments', 'held', 'whole_tensor', 'gather_sharded', 'sharded_state', 'shard', 'load_sharded_state',
+           'layers_of', 'why_no_leaves', 'with_gradient', 'make_leaves', 'layer_elements', 'overlaps', 'Gathered']
 
 # %% ../../nbs/training/04_engine.ipynb #09engine002
 import os
@@ -102,8 +100,8 @@ class LocalEngine:
     max_grad_norm: float = 1.0
     device: str = "cpu"
     fp16: bool = False # scale the loss
-    # skipped: was the last step left out, because fp16 overflowed?
-    rank, ranks, skipped = 0, 1, False
+    rank, ranks = 0, 1
+    skipped = False # was the last step left out, because fp16 overflowed?
 
     def __post_init__(self):
         # walking a model for them takes milliseconds
@@ -189,8 +187,8 @@ def load_local_state(self:LocalEngine,
     step:int, # optimizer steps taken so far
     )->None:
     "Put masters and moments back."
+    names = {p: n for n, p in trainable(self.module).items()}
     for i, group in enumerate(self.optimizer.param_groups):
-        names = {p: n for n, p in trainable(self.module).items()}
         for j, p in enumerate(group["params"]):
             p.copy_(tensors[f"param/{names[p]}"])
             kept = {k: tensors[f"{k}/{names[p]}"] for k in BITSANDBYTES_NAMES
@@ -199,23 +197,17 @@ def load_local_state(self:LocalEngine,
                 moments = {k: t.to(p.device, torch.float32, copy=True) for k, t in kept.items()}
                 self.optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device),
                                            **moments}
-            else: fill_moments(self.optimizer, group, p=p, place=(i, j), kept=kept, step=step)
+            else: _fill_moments(self.optimizer, group, p=p, place=(i, j), kept=kept, step=step)
 
-def fill_moments(optimizer:torch.optim.Optimizer, # one of bitsandbytes'
-    group:dict, # of the optimizer
-    *,
-    p:nn.Parameter, # of the group
-    place:tuple, # number of the group, and of p in it
-    kept:dict, # key of BITSANDBYTES_NAMES → tensor
-    step:int, # optimizer steps taken so far
-    )->None:
+LocalEngine.state, LocalEngine.load = local_state, load_local_state
+
+# %% ../../nbs/training/04_engine.ipynb #09engine037a
+def _fill_moments(optimizer, group, *, p, place, kept, step):
     "Copy moments into the buffers of one of bitsandbytes' optimizers."
     if not optimizer.state[p]: optimizer.init_state(group, p, *place)
     if p.is_cuda: torch.cuda.synchronize() # a paged buffer is still being zeroed by the card
     for kind, tensor in kept.items(): optimizer.state[p][BITSANDBYTES_NAMES[kind]].copy_(tensor)
     optimizer.state[p]["step"] = step
-
-LocalEngine.state, LocalEngine.load = local_state, load_local_state
 
 # %% ../../nbs/training/04_engine.ipynb #09engine044
 def local_scale(self:LocalEngine,
@@ -224,20 +216,18 @@ def local_scale(self:LocalEngine,
     if not self.fp16: return None
     return {"scale": self.scaler.get_scale(), "since": self.scaler._get_growth_tracker()}
 
-def set_local_scale(self:LocalEngine,
-    scale:dict|None, # from `local_scale`, or from the other engine
-    )->None:
+def _set_local_scale(self:LocalEngine, scale:dict|None)->None: # from either engine
     "Go on with a loss scale."
     if self.fp16 and scale:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale["scale"],
             "_growth_tracker": scale["since"]})
 
-LocalEngine.scale = property(local_scale, set_local_scale)
+LocalEngine.scale = property(local_scale, _set_local_scale)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine050
 @dataclass
 class RankInfo:
-    "Where this process stands among all of them."
+    "The place of this process among all of them."
     rank: int = 0
     ranks: int = 1
     device: str = "cpu"
@@ -319,14 +309,15 @@ class DeepSpeedEngine:
 
     def __post_init__(self):
         import deepspeed
-        self.rank, self.ranks, self.device = self.place.rank, self.place.ranks, self.place.device
+        self.rank, self.ranks = self.place.rank, self.place.ranks
+        self.device = self.place.device
         self.params = trainable(self.module)
         leaves = make_leaves(self.module, self.config["zero_optimization"], self.rank == 0)
         self.ds, *_ = deepspeed.initialize(model=self.module, optimizer=self.optimizer,
                                            config=self.config)
         self.stage = self.ds.zero_optimization_stage()
-        if self.stage == 3: register_reads(self.module, leaves)
-        if leaves: keep_trained(self)
+        if self.stage == 3: _register_reads(self.module, leaves)
+        if leaves: _keep_trained(self)
         empty_moments(self.ds)
 
     def forward(self, batch:dict)->torch.Tensor: # tensors [B,T] → summed loss of this rank
@@ -344,10 +335,9 @@ def forgotten_scale(ds:nn.Module, # a DeepSpeed engine
     )->float: # 1 except for fp16 at stage 0
     "Return the loss scale, where DeepSpeed divides by it only."
     forgotten = ds.fp16_enabled() and ds.zero_optimization_stage() == 0
-    return loss_scaler(ds).cur_scale if forgotten else 1.0
+    return _loss_scaler(ds).cur_scale if forgotten else 1.0
 
-def loss_scaler(ds:nn.Module, # a DeepSpeed engine in fp16
-    )->object: # with `cur_scale`, `cur_iter`, `last_overflow_iter`
+def _loss_scaler(ds)->object: # with `cur_scale`, `cur_iter`, `last_overflow_iter`
     "Find where DeepSpeed keeps the loss scale of fp16."
     if ds.zero_optimization_stage(): return ds.optimizer.loss_scaler
     return ds.optimizer.loss_scale_config
@@ -383,18 +373,16 @@ def sharded_scale(self:DeepSpeedEngine,
     )->dict|None: # JSON, the same as from `local_scale`; None unless fp16
     "Return the loss scale, and the steps since it last changed."
     if not self.ds.fp16_enabled(): return None
-    s = loss_scaler(self.ds)
+    s = _loss_scaler(self.ds)
     return {"scale": float(s.cur_scale), "since": s.cur_iter-s.last_overflow_iter-1}
 
-def set_sharded_scale(self:DeepSpeedEngine,
-    scale:dict|None, # from either engine
-    )->None:
+def _set_sharded_scale(self:DeepSpeedEngine, scale:dict|None)->None: # from either engine
     "Go on with a loss scale."
     if not (self.ds.fp16_enabled() and scale): return
-    s = loss_scaler(self.ds)
+    s = _loss_scaler(self.ds)
     s.cur_scale, s.last_overflow_iter = scale["scale"], s.cur_iter-1-scale["since"]
 
-DeepSpeedEngine.scale = property(sharded_scale, set_sharded_scale)
+DeepSpeedEngine.scale = property(sharded_scale, _set_sharded_scale)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine065
 def masters(ds:nn.Module, # a DeepSpeed engine
@@ -409,10 +397,8 @@ def base_optimizer(ds:nn.Module, # a DeepSpeed engine
     return getattr(ds.optimizer, "optimizer", ds.optimizer)
 
 @contextmanager
-def at_hand(ds:nn.Module, # a DeepSpeed engine
-    i:int, # number of the master
-    ):
-    "Bring a master that is on an NVMe disk into memory inside `with`."
+def _at_hand(ds, i):
+    "Bring master `i` that is on an NVMe disk into memory inside `with`."
     z = ds.optimizer
     away = ds.zero_optimization_stage() == 3 and z._swappable_optimizer_subgroup(i)
     if away: z._optimizer_states_and_gradient_swap_in(i)
@@ -425,7 +411,7 @@ def empty_moments(ds:nn.Module, # a DeepSpeed engine
     )->None:
     "Give every master its moments, zero where there are none, and a step count."
     for i, master in enumerate(masters(ds)):
-        with at_hand(ds, i):
+        with _at_hand(ds, i):
             state = base_optimizer(ds).state[master]
             for kind in MOMENTS: state.setdefault(kind, torch.zeros_like(master))
             state["step"] = torch.tensor(float(step), device=master.device)
@@ -437,8 +423,9 @@ def held(ds:nn.Module, # a DeepSpeed engine at stage 0, 1 or 2
     )->tuple[torch.Tensor, int]: # a view, flat, and the place in the whole where it begins
     "Find what this rank holds of a master or moment."
     state, at = base_optimizer(ds).state, getattr(p, "_hp_mapping", None)
+    first = place = 0
     if ds.zero_optimization_stage() == 0:
-        master, first, length, place = fp32_copies(ds).get(id(p), p), 0, p.numel(), 0
+        master, length = _fp32_copies(ds).get(id(p), p), p.numel()
     elif at is None: return torch.empty(0), 0
     else:
         master = base_optimizer(ds).param_groups[at.param_group_index]["params"][0]
@@ -447,8 +434,7 @@ def held(ds:nn.Module, # a DeepSpeed engine at stage 0, 1 or 2
     tensor = master.data if kind == "param" else state[master][kind]
     return tensor.view(-1).narrow(0, first, length), place
 
-def fp32_copies(ds:nn.Module, # a DeepSpeed engine at stage 0
-    )->dict: # id of a parameter → its fp32 copy; empty for fp32
+def _fp32_copies(ds)->dict: # id of a parameter → its fp32 copy; empty for fp32
     "Find the masters of stage 0."
     pairs = zip(getattr(ds.optimizer, "fp16_groups", []), getattr(ds.optimizer, "fp32_groups", []))
     return {id(low): high for lows, highs in pairs for low, high in zip(lows, highs)}
@@ -491,12 +477,8 @@ def shard(whole:torch.Tensor, # any shape, N numbers
     return nn.functional.pad(whole.flatten(), (0, run*ranks-whole.numel())).narrow(0, rank*run, run)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine077
-def put(self:DeepSpeedEngine,
-    p:nn.Parameter, # a trained parameter
-    kind:str, # param or one of MOMENTS
-    value:torch.Tensor, # whole, the same on every rank
-    )->None:
-    "Keep this rank's part of a master or moment."
+def _put(self, p, kind, value):
+    "Keep this rank's part of a master or moment from its whole `value`."
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
     if self.stage < 3:
         part, start = held(self.ds, p, kind)
@@ -518,26 +500,20 @@ def load_sharded_state(self:DeepSpeedEngine,
     with GatheredParameters(list(self.params.values()), modifier_rank=0, enabled=self.stage == 3):
         for n, p in self.params.items(): p.copy_(tensors[f"param/{n}"])
     for kind in ("param", *MOMENTS):
-        for n, p in self.params.items(): put(self, p, kind, tensors[f"{kind}/{n}"])
+        for n, p in self.params.items(): _put(self, p, kind=kind, value=tensors[f"{kind}/{n}"])
 
 DeepSpeedEngine.load = load_sharded_state
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085d
-def reads_of(module:nn.Module, # perhaps a LoRA module
-    )->list: # weights of other modules; empty for most
-    "List A and B, which a LoRA module's one function reads."
-    return [part.weight for side in ("lora_A", "lora_B")
-            for part in getattr(module, side, {}).values()]
-
-def register_reads(module:nn.Module, # under stage 3; with all that it contains
-    leaves:list=(), # layers that are gathered whole, and hold what is read in them
-    )->None:
-    "Let each module's hooks gather what it reads of others."
+def _register_reads(module, leaves=()):
+    "Let the hooks of each LoRA module outside of `leaves` gather A and B, which it reads."
     import deepspeed
     inside = {m for layer in leaves for m in layer.modules()}
     for reader in module.modules():
         if reader in inside: continue
-        for weight in reads_of(reader): deepspeed.zero.register_external_parameter(reader, weight)
+        for side in ("lora_A", "lora_B"):
+            for part in getattr(reader, side, {}).values():
+                deepspeed.zero.register_external_parameter(reader, part.weight)
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085h
 def layers_of(module:nn.Module, # the module that computes the loss
@@ -586,8 +562,7 @@ def make_leaves(module:nn.Module, # the module that computes the loss
     return []
 
 # %% ../../nbs/training/04_engine.ipynb #09engine085n
-def keep_trained(engine:DeepSpeedEngine, # at stage 3, with leaves
-    )->None:
+def _keep_trained(engine): # at stage 3, with leaves
     "Keep what is trained whole from its first use in a step to the update."
     offload = engine.config["zero_optimization"].get("offload_param", {})
     at_home = offload.get("device", "none") == "none"
