@@ -370,7 +370,8 @@ def load_conversations(
     say:Callable[[str],None]=lambda line: None, # called with one line: the format recognised
 )->list[Conversation]: # n conversations, in the order of the source
     "Read a source as conversations; one `UserError` counts all bad rows and shows three."
-    rows, name, fields = load_rows(source), Path(source).name, fields or {}
+    rows, name = load_rows(source), Path(source).name
+    fields = fields or {}
     format = _choose(rows.column_names, format, fields=fields, name=name, say=say)
     rows = list(rows)
     bad = [f"{_place(source, r['_where'])}: {p}" for r in rows
