@@ -196,7 +196,7 @@ def child(text:str, # a job as JSON
     try:
         contestant = CONTESTANTS[job["who"]]
         for name in contestant.imports: import_module(name)
-        if not sys.stdin.readline(): return 1 # nobody waits any more
+        if not sys.stdin.readline(): return 1 # the caller has gone
         tell(versions=versions(), card=card())
         run = prepare if job["task"] == "prepare" else contestant.tasks[job["task"]].run
         run(job, tell)

@@ -723,7 +723,7 @@ def ending(e:BaseException, # raised by a command
 
 def run_app(argv:list, # words of the command line
     )->int: # exit code
-    "Run a command, say in a line what went wrong, and leave the exit code to whoever waits for it."
+    "Run a command, say in a line what went wrong, and leave the exit code for the caller."
     rank = int(os.environ.get("RANK", 0))
     try: code, text = app(spell_resume(argv), standalone_mode=False, prog_name="qlora-kit") or 0, ""
     except (Exception, KeyboardInterrupt, SystemExit) as e:
