@@ -234,7 +234,7 @@ def test_an_interrupted_merge_leaves_nothing(tiny_llama, train, tmp_path, monkey
     (tmp_path / ".out.part").mkdir()
     (tmp_path / ".out.part/of an earlier kill").touch()
     with monkeypatch.context() as m:
-        m.setattr(module, "check_hash", lambda *a: (_ for _ in ()).throw(error))
+        m.setattr(module, "_check_hash", lambda *a: (_ for _ in ()).throw(error))
         with pytest.raises(error if isinstance(error, type) else type(error)): merge(adapter, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
     merge(adapter, tmp_path / "out")
