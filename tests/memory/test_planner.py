@@ -44,7 +44,7 @@ def test_what_a_config_leaves_out_is_the_configs_own_default():
     assert RECOMPUTE_CHOICES == config.RECOMPUTE
 
 
-def test_auto_is_the_highest_rungs_that_fit():
+def test_auto_is_the_highest_levels_that_fit():
     auto = Setup(SMALL, batch=16, length=2048, recompute="auto")
     assert fit_levels(auto, 80*GB).setup.recompute[0] == "dense" and fit_levels(auto, 80*GB).fits
     limit = int(fit_card(replace(auto, recompute="layer"), 0).need*1.02)
