@@ -62,6 +62,13 @@ def test_it_checks_the_kit_before_the_speed(ran):
     assert "right" in done.stderr.splitlines()[0]
 
 
+def test_a_gradient_that_is_no_number_is_not_right(monkeypatch):
+    """No number is larger than NaN, so the largest of all differences may hide it."""
+    found = iter([0.0, float("nan")])
+    monkeypatch.setattr(bench, "farthest", lambda *_: next(found, 0.0))
+    assert not bench.check_correctness(steps=1)["right"]
+
+
 def test_peers_that_are_missing_or_refuse_are_lines_too(ran):
     _, done, lines = ran
     assert lines["rows", "trl", "checkpointing"]["missing"] == "not installed: pip install trl"
