@@ -160,37 +160,48 @@ class Anatomy:
     itemsize: int   # bytes of a plain number
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory021
+def _by_kind(model, shared):
+    "Bytes of packed matrices, of those that are `shared` or could be, and of all others."
+    kinds = dict(packed=[], wide=[], other=[])
+    for p in model.parameters():
+        kind = "packed" if isinstance(p, Params4bit) else "wide" if id(p) in shared else "other"
+        kinds[kind].append(p.nbytes)
+    return {kind: tuple(sizes) for kind, sizes in kinds.items()}
+
+def _linears(model, shared):
+    "Name, shape [out, in] and `quant_state` of every linear that is not `shared`."
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (nn.Linear, Conv1D)) or id(layer.weight) in shared: continue
+        state = getattr(layer, "quant_state", None)
+        yield name, tuple(state.shape if state else layer.weight.shape), state
+
+# %% ../../nbs/memory/01_predict.ipynb #07memory021b
 @lru_cache(32)
 def count_bytes(
     m:Setup, # only what concerns the model may differ from the defaults
 )->Anatomy:
     "Count a model's tensors."
     dtype = getattr(torch, m.dtype)
-    model = stand_in(shape_text(m.base_model), m.quant_type, m.double_quant, dtype=dtype)
+    model = stand_in(shape_text(m.base_model), m.quant_type, double_quant=m.double_quant,
+                     dtype=dtype)
     targets = m.target_modules if isinstance(m.target_modules, str) else list(m.target_modules)
     ends = tuple(f".{name}" for name in check_targets(model, targets))
     shared = {id(x.weight) for x in (model.get_input_embeddings(), model.get_output_embeddings())}
-    packed, wide, other, adapter, scale_count, largest = [], [], [], [], 0, 0
-    for p in model.parameters():
-        kind = packed if isinstance(p, Params4bit) else wide if id(p) in shared else other
-        kind.append(p.nbytes)
-    for name, layer in model.named_modules():
-        if not isinstance(layer, (nn.Linear, Conv1D)) or id(layer.weight) in shared: continue
-        state = getattr(layer, "quant_state", None)
-        out, into = state.shape if state else layer.weight.shape
+    linears, adapter = list(_linears(model, shared)), []
+    for name, (out, into), _ in linears:
         r = next((r for end, r in m.rank_pattern if f".{name}".endswith(f".{end}")), m.r)
         if f".{name}".endswith(ends): adapter += [r*into, r*out, *[out]*("dora" in m.variant)]
-        if state:
-            scale_count += scale_bytes(state)
-            largest = max(largest, out*into)
+    states = [state for *_, state in linears if state]
     layers = decoder_layers(model)
     mlp = mlp_of(layers[0])
     matrices = [] if mlp is None else [p.nbytes for p in mlp.parameters() if p.dim() > 1]
-    return Anatomy(tuple(packed), scale_count, wide=tuple(wide), other=tuple(other),
-                   adapter=tuple(adapter), mlp=sum(matrices[:-1]), layers=len(layers),
-                   width=model.config.get_text_config().hidden_size, largest=largest,
+    return Anatomy(**_by_kind(model, shared), adapter=tuple(adapter), mlp=sum(matrices[:-1]),
+                   scales=sum(map(scale_bytes, states)), layers=len(layers),
+                   width=model.config.get_text_config().hidden_size,
+                   largest=max((math.prod(state.shape) for state in states), default=0),
                    itemsize=dtype.itemsize)
 
+# %% ../../nbs/memory/01_predict.ipynb #07memory021c
 MODEL = ("base_model", "quant_type", "double_quant", "r", "target_modules", "rank_pattern",
          "variant", "dtype")
 
@@ -241,7 +252,9 @@ def _mark(self, extra=0):
 def _leave(self, key, wide):
     self.now, self.wide = self.now - self.alive.pop(key)[0], self.wide - wide
 
-Ledger.enter, Ledger.mark, Ledger.leave = _enter, _mark, _leave
+Ledger.enter = _enter
+Ledger.mark = _mark
+Ledger.leave = _leave
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory033
 class FusedAttention(torch.autograd.Function):
@@ -315,7 +328,7 @@ def stays_whole(
     "Say whether a rank keeps all of the adapter during a step, beside its share."
     return by_layer(setup) and setup.offload_param == "none" and setup.ranks > 1
 
-# %% ../../nbs/memory/01_predict.ipynb #07memory039
+# %% ../../nbs/memory/01_predict.ipynb #memory036f
 def _hook(model, path):
     "Keep the names of the running modules in `path`; linears have none, a hook there says: gathered."
     for name, module in model.named_modules():
@@ -329,6 +342,7 @@ def _scale_tensors(model):
     return [t for s in states for t in (s.absmax, s.code, *(
         [s.offset, s.state2.absmax, s.state2.code] if s.nested else []))]
 
+# %% ../../nbs/memory/01_predict.ipynb #07memory039
 @lru_cache(16)
 def short_model(
     m:Setup, # only what concerns the model may differ from the defaults
@@ -399,7 +413,8 @@ def by_module(
     L:int, # layers of the whole model; the trace has `TRACED` or fewer
 )->tuple[dict, dict, int]: # kept outside, kept by one layer, kept in all
     "Sort kept bytes by their module; the layers between the first and the last stand for all others."
-    last, outside, ends, between = min(L, TRACED) - 1, Counter(), Counter(), Counter()
+    last, outside = min(L, TRACED) - 1, Counter()
+    ends, between = Counter(), Counter()
     for n, path in alive:
         found = re.match(r"(?P<list>.*?)\.(?P<number>\d+)\.?(?P<name>.*)", path)
         if found:
@@ -473,7 +488,8 @@ def trained_bytes(
     setup:Setup, # the run
 )->dict: # name → bytes on one rank
     "Count adapter, gradients and optimizer."
-    a, s, W = anatomy(setup), setup, setup.ranks
+    a, s = anatomy(setup), setup
+    W = s.ranks
     n, moments = sum(a.adapter), moment_bytes(s.optimizer)
     if s.stage == 0 and W == 1:
         return {"adapter": 4*n, "gradients": 4*n, "optimizer": int(moments*n)}
@@ -554,8 +570,8 @@ def backward_peak(
 )->tuple[int, int, Trace]: # bytes of gradients and of kept activations, and the level in hand
     "Find the largest moment of a backward pass."
     levels = levels_of(setup)
-    bottom, top, L = trace_level(setup, levels[0]), trace_level(setup, levels[-1]), len(levels)
-    low = levels.count(levels[0])
+    bottom, top = trace_level(setup, levels[0]), trace_level(setup, levels[-1])
+    low, L = levels.count(levels[0]), len(levels)
     moments = [(early, kept_in_all(setup), top),
                (max(early, gradients*(L - low)//L), bottom.kept*low//L, bottom),
                (gradients, sum(bottom.layer.values()), bottom)]
@@ -576,28 +592,31 @@ class Prediction:
     @property
     def when(self)->str: return max(self.totals, key=self.totals.get)
 
+def _on_host(s):
+    "Name → bytes of activations that wait in the machine's memory."
+    levels = levels_of(s)
+    sent = {level: trace_level(s, level).large for level in ROOM if level in levels}
+    n = sum(large*levels.count(level) for level, large in sent.items())
+    return {"activations": n} if n and s.device == "cuda" else {}
+
 # %% ../../nbs/memory/01_predict.ipynb #07memory066
 def predict(
     setup:Setup, # the run
 )->Prediction:
     "Predict the memory of a run, moment by moment."
-    a, s, levels = anatomy(setup), setup, levels_of(setup)
+    a, s = anatomy(setup), setup
     here, elsewhere = resident(s)
     weights = {k: here[k] for k in list(here)[:4]}
     base, loose = {**here, "gradients": 0}, s.stage == 0 and s.ranks == 1 and s.accumulation == 1
     early = 0 if loose else here["gradients"]
     late, kept, t = backward_peak(s, early, here["gradients"])
     head, pair = gathered(s)
-    away = 0
-    if s.device == "cuda":
-        away = sum(trace_level(s, level).large*levels.count(level)
-                   for level in ROOM if level in levels)
     blas = 32*2**20 if s.device == "cuda" else 0
     one = max(a.adapter)*4 if s.device == "cpu" else sum(a.adapter)*4//(s.ranks if s.stage else 1)
     moments = {
         "load": {**weights, "loading": loading_bytes(s)},
         "loss": {**base, "gradients": early, "kept activations": kept_in_all(s),
-                 "logits chunk": trace_level(s, levels[-1]).loss, "gather buffers": head,
+                 "logits chunk": trace_level(s, levels_of(s)[-1]).loss, "gather buffers": head,
                  "workspace": blas},
         "backward": {**base, "gradients": late, "kept activations": kept,
                      "working tensors": t.backward - t.wide, "gather buffers": pair,
@@ -606,7 +625,7 @@ def predict(
     if s.answers and s.device == "cpu":
         moments["answers"] = {**weights, "adapter": here["adapter"],
                               "dense weights": 2*sum(a.packed)*a.itemsize}
-    return Prediction(moments, elsewhere | ({"activations": away} if away else {}))
+    return Prediction(moments, elsewhere | _on_host(s))
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory068
 def memory_table(
