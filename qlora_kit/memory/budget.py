@@ -132,11 +132,12 @@ def fill_card(
     return fit.setup
 
 # %% ../../nbs/memory/02_budget.ipynb #memorybudget1
-def choose_levels(setup:Setup, # the run
+def choose_levels(
+    setup:Setup, # the run
     recompute:str, # a level, auto, or a size such as 40GB
     limit:int, # bytes for one rank
     host:int|None=None, # bytes of the machine's memory for one rank's activations; None: unknown
-    )->Setup: # on these levels
+)->Setup: # on these levels
     "Do what `training.recompute` says."
     if recompute in LEVELS: return replace(setup, recompute=recompute)
     if recompute == "auto":
@@ -144,8 +145,9 @@ def choose_levels(setup:Setup, # the run
     return fill_card(setup, min(limit, parse_size(recompute)), margin=0, host=host)
 
 # %% ../../nbs/memory/02_budget.ipynb #memorybudget4
-def memory_limit(place:RankInfo, # this process among the ranks
-    )->tuple[int, int]: # bytes for one rank: all in all, and of the host's memory for activations
+def memory_limit(
+    place:RankInfo, # this process among the ranks
+)->tuple[int, int]: # bytes for one rank: all in all, and of the host's memory for activations
     "Return the bytes that this process may use."
     local = next((int(os.environ[k]) for k in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
                   if k in os.environ), 1)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['RECOMPUTE_CHOICES', 'HUB', 'RECIPES', 'PLACES', 'SHOWN', 'OFFLOAD', 'SLIDERS', 'config_setup', 'begin', 'on_levels',
            'fit_levels', 'change_for', 'change_words', 'fit_verdict', 'peaks', 'start_command', 'spelled',
-           'config_text', 'save_config', 'bars', 'numbers_html', 'Planner', 'chosen', 'set_controls', 'PlannerWidget']
+           'config_text', 'save_config', 'bars', 'numbers_html', 'Planner', 'chosen', 'set_controls', 'PlannerWidget',
+           'open_widget']
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner002
 import base64
@@ -331,11 +332,13 @@ def set_controls(
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner049
 class PlannerWidget:
-    "A planner's setup, moved by controls. `UserError` without ipywidgets."
-    def __init__(self, planner:Planner):
+    "Controls for a planner's setup; `open_widget` makes one that listens."
+    def __init__(self, planner:Planner): # `UserError` without ipywidgets
         w, wide = need_widgets(), {"width": "auto", "align_self": "flex-start"}
-        self.planner, self.controls, self.change, self.listening = planner, _controls(w), {}, True
-        self.said, self.table, self.picture, self.saved = w.HTML(), w.HTML(), w.HTML(), w.Label()
+        self.planner, self.controls = planner, _controls(w)
+        self.change, self.listening = {}, True
+        self.said, self.table = w.HTML(), w.HTML()
+        self.picture, self.saved = w.HTML(), w.Label()
         self.text = w.Textarea(rows=17, layout={"width": "32em"})
         self.name = w.Text(value="planned.yaml", layout={"width": "16em"})
         self.apply = w.Button(description="apply the change", icon="magic", layout=wide)
@@ -347,8 +350,6 @@ class PlannerWidget:
         middle = w.HBox([w.VBox(left, layout={"flex": "0 0 auto"}), right])
         below = w.HBox([self.text, w.VBox([self.name, self.save, self.saved])])
         self.box = w.VBox([top, middle, self.picture, below])
-        self.listen()
-        self.show()
 
 # %% ../../nbs/memory/03_planner.ipynb #07bplanner051
 def _say(self:PlannerWidget, line:str):
@@ -404,15 +405,23 @@ def _write(self:PlannerWidget, *_):
     try: self.saved.value = f"written: {save_config(self.text.value, self.name.value)}"
     except UserError as e: self.saved.value = f"⚠ {e}"
 
-def _listen(self:PlannerWidget):
-    "Connect controls and buttons."
-    start, model = self.planner.start, self.planner.setup.base_model
-    self.controls["start"].value = start if isinstance(start, str) else HUB.get(model, model)
-    for name, control in self.controls.items():
-        control.observe(self.restart if name == "start" else self.moved, "value")
-    self.apply.on_click(self.accept)
-    self.save.on_click(self.write)
+PlannerWidget.restart = _restart
+PlannerWidget.accept = _accept
+PlannerWidget.write = _write
 
-PlannerWidget.restart, PlannerWidget.accept, PlannerWidget.write = _restart, _accept, _write
-PlannerWidget.listen = _listen
-Planner.widget = lambda self: PlannerWidget(self).box
+# %% ../../nbs/memory/03_planner.ipynb #planner055c
+def open_widget(
+    planner:Planner, # `UserError` without ipywidgets
+)->PlannerWidget: # shown, and listening
+    "Connect controls and buttons."
+    widget = PlannerWidget(planner)
+    start, model = planner.start, planner.setup.base_model
+    widget.controls["start"].value = start if isinstance(start, str) else HUB.get(model, model)
+    for name, control in widget.controls.items():
+        control.observe(widget.restart if name == "start" else widget.moved, "value")
+    widget.apply.on_click(widget.accept)
+    widget.save.on_click(widget.write)
+    widget.show()
+    return widget
+
+Planner.widget = lambda self: open_widget(self).box
