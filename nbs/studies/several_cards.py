@@ -347,7 +347,7 @@ def training(study, shape, batch, cases, warm=2, timed=4, deep=True):
         setup = replace(base, **change)
         fit = fit_card(setup, torch.cuda.mem_get_info()[1] if CUDA else 2**40)
         labels = dict(what="train", shape=shape, case=case, layers=study.shape(shape)["num_hidden_layers"], batch=batch, length=setup.length, ranks=setup.ranks, change=change,
-                      planned_gb=fit.prediction.peak / GB, planned_elsewhere_gb=sum(fit.prediction.elsewhere.values()) / GB, planned=sum(traffic(setup).values()))
+                      predicted_gb=fit.prediction.peak / GB, predicted_elsewhere_gb=sum(fit.prediction.elsewhere.values()) / GB, predicted_traffic=sum(traffic(setup).values()))
         if not fit.fits: study.note(**labels, skipped=f"needs {fit.need / GB:.1f} GB of {fit.limit / GB:.1f}"); continue
         try: said = study.everywhere(measure(study, setup, text, overlap, warm, timed, deep))
         except Exception as e: study.note(**labels, failed=f"{type(e).__name__}: {e}"[:300]); continue

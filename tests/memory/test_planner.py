@@ -20,7 +20,7 @@ from qlora_kit.run.assemble import memory_setup
 SMALL = HUB["smollm2-135m"]
 
 
-def planned(cfg, model, ranks):
+def setup_of(cfg, model, ranks):
     """As `qlora-kit plan` sees a run on a card that has bf16; without one here, `auto` would be fp16."""
     setup = replace(memory_setup(cfg, model, "cuda", ranks=ranks), recompute=cfg.training.recompute) # a run puts auto into levels when it knows its card
     return replace(setup, dtype="bfloat16") if cfg.training.dtype == "auto" else setup
@@ -31,7 +31,7 @@ def test_a_recipe_is_read_as_plan_reads_it():
     for name in recipe_names():
         setup, card = begin(name)
         cfg = plan_config(RECIPES[name])
-        assert setup == planned(cfg, cfg.model.base_model, setup.ranks) and card == int(name.rsplit("x")[-1][:-2])*GB
+        assert setup == setup_of(cfg, cfg.model.base_model, setup.ranks) and card == int(name.rsplit("x")[-1][:-2])*GB
         assert fit_levels(setup, card).fits
 
 
@@ -40,7 +40,7 @@ def test_what_a_config_leaves_out_is_the_configs_own_default():
     for field, (section, key, default) in PLACES.items():
         if field != "base_model": assert getattr(getattr(cfg, section), key) == default, field
     for ranks in (1, 4):
-        assert config_setup("data: {train_file: x}", ranks) == planned(cfg, "smollm2-135m", ranks)
+        assert config_setup("data: {train_file: x}", ranks) == setup_of(cfg, "smollm2-135m", ranks)
     assert RECOMPUTE_CHOICES == config.RECOMPUTE
 
 
@@ -62,10 +62,10 @@ def test_the_config_that_it_writes_is_the_run_that_was_planned(setup, tmp_path):
     file = save_config(config_text(setup, 24*GB, "run.yaml"), tmp_path/"new/run.yaml")
     cfg = plan_config(file) # every check that a run would make, but for the data
     assert cfg.training.recompute == setup.recompute
-    if setup.ranks > 1: assert planned(cfg, setup.base_model, setup.ranks) == setup == replace(config_setup(file.read_text(), setup.ranks), base_model=setup.base_model)
+    if setup.ranks > 1: assert setup_of(cfg, setup.base_model, setup.ranks) == setup == replace(config_setup(file.read_text(), setup.ranks), base_model=setup.base_model)
     if setup.ranks > 1: assert file.read_text().startswith(f"# qlora-kit launch run.yaml --ranks {setup.ranks}\n")
     elif setup.stage: assert "--deepspeed" in file.read_text().splitlines()[0] and cfg.deepspeed.offload_param == "cpu"
-    else: assert file.read_text().startswith("# qlora-kit train run.yaml\n") and planned(cfg, setup.base_model, 1) == setup
+    else: assert file.read_text().startswith("# qlora-kit train run.yaml\n") and setup_of(cfg, setup.base_model, 1) == setup
 
 
 def test_nothing_is_overwritten(tmp_path):

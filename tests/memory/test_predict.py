@@ -279,9 +279,9 @@ def test_a_layer_s_gathers_are_counted(tmp_path):
     codes = [p.wait(timeout=300) for p in ranks]
     assert codes == [0, 0], [(tmp_path / f"err{r}").read_text()[-3000:] for r in (0, 1)]
     received = json.loads((tmp_path / "out0").read_text().splitlines()[-1])
-    plans = [traffic(Setup(folder, ranks=2, stage=3, dtype="float32", recompute=level, r=4)) for folder, level in cases]
-    planned = [p["linear layers"] + p["adapter"] for p in plans]
-    assert [more - less for less, more in zip(received[:3], received[3:])] == [more - less for less, more in zip(planned[:3], planned[3:])]
+    bills = [traffic(Setup(folder, ranks=2, stage=3, dtype="float32", recompute=level, r=4)) for folder, level in cases]
+    predicted = [bill["linear layers"] + bill["adapter"] for bill in bills]
+    assert [more - less for less, more in zip(received[:3], received[3:])] == [more - less for less, more in zip(predicted[:3], predicted[3:])]
 
 
 def test_published_measurements_are_near():
