@@ -387,9 +387,9 @@ def card(monkeypatch):
     monkeypatch.setattr(pointwise, "triton", Triton)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
-    pointwise.say_slow.cache_clear()
+    pointwise._say_slow.cache_clear()
     yield current
-    pointwise.say_slow.cache_clear()
+    pointwise._say_slow.cache_clear()
 
 
 def by_compiler(monkeypatch, fails):
@@ -400,7 +400,7 @@ def by_compiler(monkeypatch, fails):
 
 def by_hand(monkeypatch, fails, kind=RuntimeError):
     function = on_card(lambda x, n: n)
-    function.launches(lambda x, n: fails(kind))
+    function.launch = lambda x, n: fails(kind)
     return function
 
 
@@ -419,7 +419,7 @@ def test_without_a_compiler_plain_operations_run_and_it_is_said_once(monkeypatch
 def test_a_kernel_that_triton_refuses_and_no_triton_at_all_are_said_too(monkeypatch, card):
     for triton, word in [(pointwise.triton, "too large"), (None, "Triton is not installed")]:
         monkeypatch.setattr(pointwise, "triton", triton)
-        pointwise.say_slow.cache_clear()
+        pointwise._say_slow.cache_clear()
         def fails(_): raise triton.TritonError("too large")
         with pytest.warns(UserWarning, match=word): assert by_hand(monkeypatch, fails)(OnCard(), 3) == 3
 
@@ -430,13 +430,12 @@ def test_a_card_that_fails_is_not_a_machine_without_a_compiler(monkeypatch, card
         with pytest.raises(error): by_hand(monkeypatch, fails)(OnCard(), 3)
     def wrong(_): raise TypeError("a mistake")
     with pytest.raises(TypeError): by_hand(monkeypatch, wrong)(OnCard(), 3)
-    assert not pointwise.say_slow.cache_info().currsize
+    assert not pointwise._say_slow.cache_info().currsize
 
 
 def test_a_kernel_runs_on_its_tensors_card_and_where_it_fits(card):
     function = on_card(lambda x, n: ("formula", n))
-    @function.launches
-    def launch(x, n): return ("kernel", card[0], n) if n else None
+    function.launch = launch = lambda x, n: ("kernel", card[0], n) if n else None
     assert launch(OnCard(), 1) == ("kernel", 0, 1) and function.__wrapped__(None, 2) == ("formula", 2)
     assert [function(OnCard(dtype), 1) for dtype in pointwise.KINDS] == [("kernel", 0, 1)]*3
     assert function(OnCard(card=1), 1) == ("kernel", 1, 1) and card == [0]
@@ -551,7 +550,7 @@ def kernels():
     graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     before = graphs()
     yield lambda: [len(jit.device_caches[torch.cuda.current_device()][0]) for jit in jits]
-    assert graphs() == before and not pointwise.say_slow.cache_info().currsize
+    assert graphs() == before and not pointwise._say_slow.cache_info().currsize
 
 
 KINDS = [torch.float32, torch.float16, torch.bfloat16]
@@ -575,7 +574,7 @@ def test_the_norm_kernels_are_their_formulas(shape, plus_one, dtype, kernels):
     norm = formulas(plus_one, eps)[0]
     near(results(lambda h: RMSNorm.apply(h, w, eps, plus_one), h), results(lambda h: norm(h, w.double()), h.double()), EPS[dtype])
     r = pointwise.rms_norm.__wrapped__(h, w, eps, plus_one)[1]
-    near([pointwise.norm_on_card(h, w, eps, plus_one)[1]], [r.double()], EPS[torch.float32])
+    near([pointwise.rms_norm.launch(h, w, eps, plus_one)[1]], [r.double()], EPS[torch.float32])
     as_formula(pointwise.rms_norm, h, w, eps, plus_one, rtol=EPS[dtype])
     as_formula(pointwise.rms_norm_gradient, G, h, w, r, plus_one, rtol=EPS[dtype])
 
