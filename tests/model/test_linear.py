@@ -151,6 +151,26 @@ def test_rows_of_any_width_decode_with_their_own_scales(width):
     assert torch.equal(decoded(layer, torch.float32), nf4.dequantize(nf4.quantize(W)))
 
 
+class CountedLinear(Linear4bit):
+    "Counts how often its weight is read."
+    reads = 0
+    @property
+    def weight(self):
+        self.reads += 1
+        return self._parameters["weight"]
+
+
+def test_to_decode_reads_the_weight_once():
+    "A weight may be a property that costs time; once beside what bitsandbytes' own check reads."
+    layer = Linear4bit(64, 4, bias=False).to("cpu")
+    layer.__class__ = CountedLinear
+    def reads(run):
+        layer.reads = 0
+        run(layer)
+        return layer.reads
+    assert reads(lambda m: decoded(m, torch.float32)) == reads(linear.fix_4bit_weight_quant_state_from_module) + 1
+
+
 def test_no_copy_of_an_input_is_kept(folders):
     """What autograd saves for one MLP: x once for gate and up, the input of down, A, B and thin P."""
     model = tuned(folders["llama"], dtype=torch.bfloat16)
@@ -187,7 +207,7 @@ def test_generation_evaluation_and_switched_off_adapters(folders):
 
 @pytest.mark.parametrize("case", ["dora", "two adapters", "rslora and two ranks"])
 def test_what_is_not_plain_lora_is_peft_s_and_said_once(folders, case):
-    linear.say_plain.cache_clear()
+    linear._say_plain.cache_clear()
     settings = dict(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "up_proj", "down_proj"], init_lora_weights=False)
     if case == "dora": settings["use_dora"] = True
     if case == "rslora and two ranks": settings |= dict(use_rslora=True, rank_pattern={"q_proj": 8}, alpha_pattern={"up_proj": 3})
