@@ -4,7 +4,7 @@
     python nbs/studies/several_cards.py --part 2     loading 8B, 32B and 70B
     python nbs/studies/several_cards.py --part 3     throughput, memory and traffic at stages 0, 2 and 3
     python nbs/studies/several_cards.py --part 4     70B with optimizer and parameters in the CPU's memory
-    python nbs/studies/several_cards.py --part 5     stage 3 matrix by matrix and layer by layer, beside stage 2
+    python nbs/studies/several_cards.py --part 5     stage 3 beside stage 2: two layers whole at a time, and as many as fit
 
 A part is a few launches of two processes. It takes five minutes at most, deletes its files, and adds its numbers to a file of JSON lines.
 `--only` picks one launch; `--tiny` runs everything on two CPU ranks.
@@ -12,12 +12,10 @@ A part is a few launches of two processes. It takes five minutes at most, delete
 import argparse, gc, hashlib, json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 import importlib.metadata as metadata
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import patch
 
 os.environ |= {"NCCL_NVLS_ENABLE": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # NVLink multicast stays off
 
@@ -33,23 +31,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.data.batches import target_weight
 from qlora_kit.data.files import GB
-from qlora_kit.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, State
-from qlora_kit.training.engine import (
-    DeepSpeedEngine, join_ranks, free_port, layer_elements, leave, LocalEngine, make_optimizer,
-    RankInfo)
-from qlora_kit.training.recompute import set_levels
-from qlora_kit.model.linear import fast_linears
-from qlora_kit.model.base import INDEX
-from qlora_kit.model.loader import (
-    finish_model, is_packed, load_model, packed_hash, quantization_config, scales, skeleton, slots)
-from qlora_kit.model.lora import add_lora, save_adapter
-from qlora_kit.training.loss import LossModel
+from qlora_kit.memory.budget import fit_card, more_buffers, traffic
 from qlora_kit.memory.predict import Setup, shape_text, stand_in
-from qlora_kit.memory.budget import fit_card, traffic
-from qlora_kit.run.monitor import resident_bytes
+from qlora_kit.model.base import INDEX
+from qlora_kit.model.flat import FlatWeights, keep_scales, move_in, on_demand, packed_weight
 from qlora_kit.model.kernels import fast_pointwise
-from qlora_kit.model.sharded import (
-    cast_trained, placeholder_parameter, keep_shard, load_sharded, own_bytes, own_elements, zero_init)
+from qlora_kit.model.linear import fast_linears
+from qlora_kit.model.loader import (
+    finish_model, load_model, packed_hash, quantization_config, scales, skeleton, slots)
+from qlora_kit.model.lora import add_lora, save_adapter
+from qlora_kit.model.sharded import lay_out, load_sharded, sort_tensors
+from qlora_kit.run.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint, State
+from qlora_kit.run.monitor import resident_bytes
+from qlora_kit.training.engine import (
+    DeepSpeedEngine, free_port, join_ranks, leave, LocalEngine, make_optimizer, RankInfo)
+from qlora_kit.training.loss import LossModel
+from qlora_kit.training.recompute import set_levels
 from qlora_kit.training.zero import zero_config
 
 CUDA, W = torch.cuda.is_available(), 2
@@ -104,16 +101,15 @@ class Watch:
         self.thread.join()
         self.host, self.card = (self.most - self.host_before) / GB, ((torch.cuda.max_memory_allocated() if CUDA else 0) - self.card_before) / GB
 
-def prepare(model, zero):
+def prepare(model):
     """Update and fast forms, in the order of a training run."""
     model = add_lora(model, 16, 32, seed=0)
-    if zero and zero["zero_optimization"]["stage"] == 3: cast_trained(model, torch.bfloat16 if zero["bf16"]["enabled"] else torch.float32)
     fast_linears(model); fast_pointwise(model); set_levels(model, "layer")
     return LossModel(model).train()
 
-def make_engine(module, zero, place):
+def make_engine(module, zero, place, buffers=2):
     """For several ranks, or for one."""
-    return DeepSpeedEngine(module, make_optimizer(module), zero, place) if zero else LocalEngine(module, make_optimizer(module), 1.0, place.device)
+    return DeepSpeedEngine(module, make_optimizer(module), zero, place, buffers) if zero else LocalEngine(module, make_optimizer(module), 1.0, place.device)
 
 # Part 1: two ranks against one process
 
@@ -123,12 +119,13 @@ def sha256(tensors):
     return digest.hexdigest()
 
 def hashes(study, model):
-    """Packed bytes gathered matrix by matrix, the same gathered all at once, and scales; an error if ranks differ."""
-    from deepspeed.runtime.zero import GatheredParameters
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
-    states, weights = [m.quant_state for m in layers], [m.weight for m in layers]
-    with GatheredParameters(weights, enabled=hasattr(weights[0], "ds_id")): at_once = sha256(weights)
-    said = dict(packed=packed_hash(model), at_once=at_once, scales=sha256(t for s in states for t in (s.absmax, s.offset, s.state2.absmax)))
+    """Packed bytes, and scales; an error if ranks differ."""
+    digest, layers = hashlib.sha256(), [m for m in model.modules() if isinstance(m, Linear4bit)]
+    with on_demand(model):
+        for m in layers:
+            state = m.weight.quant_state or m.quant_state
+            for t in (state.absmax, state.offset, state.state2.absmax): digest.update(sha256([t]).encode())
+    said = dict(packed=packed_hash(model), scales=digest.hexdigest())
     assert study.place.ranks == 1 or study.everywhere(said) == [said] * W
     return said
 
@@ -137,15 +134,16 @@ def rows(study, step, vocab):
     ids = torch.randint(vocab, (4, 16 if study.tiny else 256), generator=torch.Generator().manual_seed(step % 4))
     labels = ids.clone()
     labels[:2, :ids.shape[1] // 2] = -100
-    mine = slice(*own_elements(4, study.place.rank, study.place.ranks))
+    each = 4 // study.place.ranks
+    mine = slice(each * study.place.rank, each * (study.place.rank + 1))
     return dict(input_ids=ids[mine], labels=labels[mine])
 
 def learn(study, name, dtype, start=None):
     """Train to step 20, from the beginning or from another run's step 10; leave losses, hashes, adapter and a checkpoint of step 10."""
     place, folder, args = study.place, study.scratch / f"{name}-{dtype}", dict(dtype=getattr(torch, dtype))
     zero = zero_config(3, 4 // W, dtype=dtype, hidden_size=SMALL["hidden_size"]) if place.ranks > 1 else None
-    base = load_sharded(study.scratch / "model", zero, **args) if zero else load_model(study.scratch / "model", **args, device=place.device, quiet=True)
-    said, losses, module = dict(loaded=hashes(study, base)), [], prepare(base, zero)
+    base = load_sharded(study.scratch / "model", **args, device=place.device) if zero else load_model(study.scratch / "model", **args, device=place.device, quiet=True)
+    said, losses, module = dict(loaded=hashes(study, base)), [], prepare(base)
     engine = make_engine(module, zero, place)
     if start:
         state = load_checkpoint(newest_checkpoint(study.scratch / f"{start}-{dtype}"))
@@ -182,7 +180,7 @@ def one_process(study):
         said = {name: json.loads((study.scratch / f"{name}-{dtype}/said.json").read_text()) for name in ("one", "two", "resumed", "two to one")}
         adapters = {name: load_file(study.scratch / f"{name}-{dtype}/adapter/adapter_model.safetensors") for name in said}
         seen = [s[moment] for s in said.values() for moment in ("loaded", "trained")]
-        common = dict(what="equal", dtype=dtype, packed=len({h[k] for h in seen for k in ("packed", "at_once")}) == 1, scales=len({h["scales"] for h in seen}) == 1,
+        common = dict(what="equal", dtype=dtype, packed=len({h["packed"] for h in seen}) == 1, scales=len({h["scales"] for h in seen}) == 1,
                       adapter_tensors=len(adapters["two"]), adapter_numbers=sum(t.numel() for t in adapters["two"].values()))
         for a, b in (("two", "one"), ("resumed", "two"), ("two to one", "two")):
             pairs = list(zip(said[a]["losses"][::-1], said[b]["losses"][::-1]))
@@ -246,8 +244,7 @@ def loading(study):
         layer, ends, layers = study.everywhere(study.place.rank == 0 and write_checkpoint(folder, config, load.packed, study.place.device))[0]
         common = dict(what="load", shape=load.shape, saved="nf4" if load.packed else "bf16", of_layers=config["num_hidden_layers"],
                       files="memory" if "shm" in str(folder) else "disk, just written", write_s=time.monotonic() - start)
-        zero = zero_config(3, dtype=str(DTYPE)[6:], hidden_size=config["hidden_size"])
-        for how, run, n in (("shares", partial(load_sharded, folder, zero, dtype=DTYPE), layers),
+        for how, run, n in (("shares", partial(load_sharded, folder, dtype=DTYPE, device=study.place.device), layers),
                             ("transformers", partial(load_transformers, folder, study.place.device), max(1, int(load.compared * layers)))):
             size = study.everywhere(study.place.rank == 0 and index(folder, layer, ends, n))[0]
             study.note(**common, how=how, layers=n, checkpoint_gb=size / GB, **timed_load(study, run, size))
@@ -261,26 +258,32 @@ def timed_load(study, load, size):
 
 # Parts 3 and 4: training
 
-def sharded_stand_in(text, zero):
+def sharded_stand_in(text, place, offload):
     """What `load_sharded` makes of a checkpoint, with random numbers."""
-    init = zero_init(zero, DTYPE)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text)
-        model = skeleton(Path(folder), quantization_config("nf4", True, "uint8", DTYPE), DTYPE, init.local_device)
-        for slot in slots(model):
-            p = keep_shard(init, *random_share(*slot[0][:2], init))
-            for module, name, _ in slot: setattr(module, name, p)
+        model = skeleton(Path(folder), quantization_config("nf4", True, "uint8", DTYPE), DTYPE, place.device)
+        rows, rest = sort_tensors(model, [(slot, []) for slot in slots(model) if isinstance(getattr(*slot[0][:2]), torch.nn.Parameter)])
+        for slot, _ in rest:
+            like = getattr(*slot[0][:2])
+            for module, name, _ in slot: setattr(module, name, torch.nn.Parameter(torch.empty(like.shape, dtype=like.dtype, device=place.device).normal_(0, 0.02)))
+        for found in rows:
+            flat = FlatWeights(place.rank, place.ranks, place.device)
+            for (slot, _), segments in zip(found, lay_out(flat, found, offload)):
+                make = random_share(flat, getattr(*slot[0][:2]), segments)
+                for module, *_ in slot: move_in(flat, module, make)
         return finish_model(model, Path(folder))
 
-def random_share(module, name, init):
-    """A parameter without numbers, and this rank's part of them."""
-    like, device = getattr(module, name), init.local_device
-    if not is_packed(module, name):
-        first, last = own_elements(like.numel(), init.rank, W)
-        return placeholder_parameter(module, name, None, device), torch.empty(last - first, dtype=like.dtype, device=device).normal_(0, 0.02)
-    first, last = own_bytes(like, init.rank, W)
-    state = scales(torch.full((-(-like.numel() // 64),), 0.05, device=device), like)
-    return placeholder_parameter(module, name, state, device), torch.empty(last - first, dtype=torch.uint8, device=device).random_(256)
+def random_share(flat, like, segments):
+    """This rank's random part of a tensor; how to look it up."""
+    first, last = flat.own(segments[0] if isinstance(segments, tuple) else segments)
+    if not isinstance(segments, tuple):
+        flat.keep(segments, torch.empty((last - first) // like.itemsize, dtype=like.dtype, device=flat.device).normal_(0, 0.02))
+        return partial(FlatWeights.view, segment=segments)
+    flat.keep(segments[0], torch.empty(last - first, dtype=torch.uint8, device=flat.device).random_(256))
+    state = scales(torch.full((-(-like.numel() // 64),), 0.05, device=flat.device), like)
+    keep_scales(flat, segments, state)
+    return partial(packed_weight, like=like, state=state, segments=segments)
 
 class Received(TorchDispatchMode):
     """Within `with`: `bytes` that collectives bring to this rank (an all-reduce is a reduce-scatter and an all-gather), and how many `calls` there are."""
@@ -300,25 +303,15 @@ def collective_seconds(step):
         if CUDA: torch.cuda.synchronize()
     return sum(e.self_device_time_total if CUDA else e.cpu_time_total for e in prof.key_averages() if e.key.startswith("ncclDevKernel" if CUDA else "gloo:")) / 1e6
 
-SINGLY = "matrix by matrix"  # in place of overlap: hooks on every linear, without overlap, under buffers of less than two layers
-
-def sizes(setup, text, overlap, module=None):
-    """The DeepSpeed config: for loading, or for training a module."""
-    width, (layer, trained) = json.loads(text)["hidden_size"], layer_elements(module) if module else (None, 0)
-    zero = zero_config(setup.stage, setup.batch, dtype=str(DTYPE)[6:], hidden_size=width, offload_param=setup.offload_param,
-                       offload_optimizer=setup.offload_optimizer, overlap=overlap is True, layer=layer, trained=trained)
-    packed = width**2 // 2
-    single = dict(stage3_prefetch_bucket_size=packed, stage3_max_live_parameters=18 * packed, stage3_max_reuse_distance=24 * packed)
-    return zero | dict(zero_optimization=zero["zero_optimization"] | (single if overlap == SINGLY else {}))
-
-def measure(study, setup, text, overlap, warm, timed, deep):
+def measure(study, setup, text, warm, timed, deep):
     """Build and train; one entry for each rank."""
-    zero = sizes(setup, text, overlap) if setup.ranks > 1 else None
-    torch.manual_seed(study.place.rank if setup.stage == 3 else 0)
+    place, zero = study.place, None
+    if setup.ranks > 1:
+        zero = zero_config(setup.stage, setup.batch, dtype=str(DTYPE)[6:], hidden_size=json.loads(text)["hidden_size"], offload_param=setup.offload_param, offload_optimizer=setup.offload_optimizer)
+    torch.manual_seed(place.rank if setup.stage == 3 else 0)
     with Watch() as built:
-        module = prepare(sharded_stand_in(text, zero) if setup.stage == 3 else stand_in(text, dtype=DTYPE, device=study.place.device), zero)
-        zero = zero and sizes(setup, text, overlap, module)
-        with patch("qlora_kit.training.engine.make_leaves", lambda *args: []) if overlap == SINGLY else nullcontext(): engine = make_engine(module, zero, study.place)
+        module = prepare(sharded_stand_in(text, place, setup.offload_param) if setup.stage == 3 else stand_in(text, dtype=DTYPE, device=place.device))
+        engine = make_engine(module, zero, place, setup.buffers)
     ids = torch.randint(500, (setup.batch, setup.length), generator=torch.Generator().manual_seed(study.place.rank))
     def step():
         loss = engine.forward(dict(input_ids=ids, labels=ids))
@@ -343,13 +336,14 @@ def training(study, shape, batch, cases, warm=2, timed=4, deep=True):
     (folder / "config.json").write_text(text) if study.place.rank == 0 else None
     dist.barrier()
     base = Setup(str(folder), batch, 16 if study.tiny else 2048, packed=True, dtype=str(DTYPE)[6:], device="cuda" if CUDA else "cpu")
-    for case, change, overlap in cases:
-        setup = replace(base, **change)
-        fit = fit_card(setup, torch.cuda.mem_get_info()[1] if CUDA else 2**40)
-        labels = dict(what="train", shape=shape, case=case, layers=study.shape(shape)["num_hidden_layers"], batch=batch, length=setup.length, ranks=setup.ranks, change=change,
+    for case, change in cases:
+        setup, limit = replace(base, **change), torch.cuda.mem_get_info()[1] if CUDA else 2**40
+        if setup.buffers == MANY: setup = more_buffers(setup, limit)
+        fit = fit_card(setup, limit)
+        labels = dict(what="train", shape=shape, case=case, layers=study.shape(shape)["num_hidden_layers"], batch=batch, length=setup.length, ranks=setup.ranks, change=change, buffers=setup.buffers,
                       predicted_gb=fit.prediction.peak / GB, predicted_elsewhere_gb=sum(fit.prediction.elsewhere.values()) / GB, predicted_traffic=sum(traffic(setup).values()))
         if not fit.fits: study.note(**labels, skipped=f"needs {fit.need / GB:.1f} GB of {fit.limit / GB:.1f}"); continue
-        try: said = study.everywhere(measure(study, setup, text, overlap, warm, timed, deep))
+        try: said = study.everywhere(measure(study, setup, text, warm, timed, deep))
         except Exception as e: study.note(**labels, failed=f"{type(e).__name__}: {e}"[:300]); continue
         study.note(**labels, tokens_per_s=setup.ranks * batch * setup.length / max(s["step_s"] for s in said), **{k: [s[k] for s in said] for k in said[0]})
 
@@ -364,22 +358,19 @@ def link(study):
                     for _ in range(rounds): run()
             study.note(what="link", collective=name, bytes=size, gb_per_s=received * 20 / watch.seconds / 1e9)
 
-TWO = dict(ranks=W)
-PLAIN = [("one card", {}, False), *[(f"stage {s}", TWO | dict(stage=s), False) for s in (0, 2, 3)]]
-OVERLAP = [("stage 3, overlap", TWO | dict(stage=3), True)]
-OPTIMIZER = [("optimizer on the CPU", TWO | dict(stage=3, offload_optimizer="cpu"), False)]
-ALL_AWAY = [("parameters and optimizer on the CPU", TWO | dict(stage=3, offload_param="cpu", offload_optimizer="cpu"), False)]
+TWO, MANY = dict(ranks=W), 10**6 # MANY buffers: as many as fit
+PLAIN = [("one card", {}), *[(f"stage {n}", TWO | dict(stage=n)) for n in (0, 2, 3)]]
+OPTIMIZER = [("optimizer on the CPU", TWO | dict(stage=3, offload_optimizer="cpu"))]
+ALL_AWAY = [("parameters and optimizer on the CPU", TWO | dict(stage=3, offload_param="cpu", offload_optimizer="cpu"))]
 train_8b, train_70b = partial(training, shape="llama-3.1-8b", batch=4), partial(training, shape="llama-3.1-70b", batch=1)
 away = partial(train_70b, warm=1, timed=2, deep=False)
-WAYS = [("stage 2", TWO | dict(stage=2), False), ("stage 3, matrix by matrix", TWO | dict(stage=3), SINGLY), ("stage 3", TWO | dict(stage=3), True),
-        ("stage 3, no overlap", TWO | dict(stage=3), False)]
+WAYS = [("stage 2", TWO | dict(stage=2)), ("stage 3, two layers whole", TWO | dict(stage=3)), ("stage 3, layers kept", TWO | dict(stage=3, buffers=MANY))]
 
 LAUNCHES = {1: {"two": partial(two_ranks, name="two"), "resumed": partial(two_ranks, name="resumed", start="two"), "one": one_process},
             2: {"load": loading},
-            3: {"8b": lambda study: (link(study), train_8b(study, cases=PLAIN)), "70b": partial(train_70b, cases=PLAIN),
-                "overlap": lambda study: (train_8b(study, cases=OVERLAP), train_70b(study, cases=OVERLAP))},
+            3: {"8b": lambda study: (link(study), train_8b(study, cases=PLAIN)), "70b": partial(train_70b, cases=PLAIN)},
             4: {"optimizer": partial(away, cases=OPTIMIZER), "all": partial(away, cases=ALL_AWAY)},
-            5: {"ways": partial(train_8b, cases=WAYS, warm=4, timed=6)}}  # DeepSpeed's hooks keep a stage-3 model alive, so a large one is the last of its launch
+            5: {"ways": partial(train_8b, cases=WAYS, warm=4, timed=6)}}
 
 def launch(args, name, seconds):
     """Start the ranks of one launch and wait; what is not done in time is ended."""

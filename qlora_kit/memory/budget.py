@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Fit', 'context', 'fit_card', 'parse_size', 'changes', 'smallest_change', 'descend', 'fill_card', 'choose_levels',
-           'memory_limit', 'traffic', 'traffic_seconds']
+           'more_buffers', 'memory_limit', 'traffic', 'traffic_seconds']
 
 # %% ../../nbs/memory/02_budget.ipynb #memorybudgetd
 import math
@@ -18,8 +18,8 @@ import torch
 
 from ..data.files import GB, UserError
 from qlora_kit.memory.predict import (
-    anatomy, by_layer, layer_input, levels_of, predict, Prediction, resident, Setup,
-    stays_whole)
+    anatomy, divided, gathered, layer_input, layer_row, levels_of, predict, Prediction, resident,
+    Setup)
 from ..training.engine import RankInfo
 from ..training.recompute import DESCENT, HOST_DESCENT, LEVELS, mixed_levels, ROOM
 
@@ -110,7 +110,7 @@ def descend(
     "Lower as few layers by a level as will fit."
     L = anatomy(setup).layers
     def at(steps): return replace(setup, recompute=mixed_levels(L, steps, levels))
-    low, high = L if setup.stage == 3 else 0, (len(levels) - 1)*L
+    low, high = 0, (len(levels) - 1)*L
     while low < high:
         middle = (low + high)//2
         if fit_card(at(middle), limit, margin).fits: high = middle
@@ -144,6 +144,21 @@ def choose_levels(
         return fill_card(setup, limit//2 if setup.device == "cpu" else limit, host=host)
     return fill_card(setup, min(limit, parse_size(recompute)), margin=0, host=host)
 
+# %% ../../nbs/memory/02_budget.ipynb #memorybudget1b
+def more_buffers(
+    setup:Setup, # the run, on its levels
+    limit:int, # bytes of the card
+    margin:float=0.05, # as in `fit_card`
+)->Setup: # with as many `buffers` as fit
+    "Keep as many layers whole as there is room for."
+    if not divided(setup): return setup
+    low, high = 2, anatomy(setup).layers
+    while low < high:
+        middle = (low + high + 1)//2
+        if fit_card(replace(setup, buffers=middle), limit, margin).fits: low = middle
+        else: high = middle - 1
+    return replace(setup, buffers=low)
+
 # %% ../../nbs/memory/02_budget.ipynb #memorybudget4
 def memory_limit(
     place:RankInfo, # this process among the ranks
@@ -167,17 +182,12 @@ def traffic(
     "Return what each rank receives per optimizer step."
     a, s = anatomy(setup), setup
     part, n = (s.ranks - 1)/s.ranks, sum(a.adapter)*a.itemsize
-    times = {2: 2*s.accumulation, 3: s.accumulation}.get(s.stage, 1)
-    gradients = part*n*times
-    if s.stage < 3: return {"gradients": int(gradients), "updated adapter": int(part*n)}
-    each, weights = part*s.accumulation, [*a.packed, *a.other]
-    layer = sum(weights)/a.layers - max(weights) # all but its last linear, as large as any
-    once_more = {"layer": layer, "host": layer, "mlp": a.mlp, "mlp_host": a.mlp}
-    again = 0 if by_layer(s) else sum(once_more.get(level, 0) for level in levels_of(s))
-    return {"linear layers": int(each*(2*sum(weights) + again)),
-            "embedding and head": int(2*each*max(a.wide)),
-            "adapter": int(part*n if stays_whole(s) else 2*each*n),
-            "gradients": int(gradients)}
+    times = 2*s.accumulation if s.stage >= 2 else 1
+    found = {"gradients": int(part*n*times), "updated adapter": int(part*n)}
+    if not divided(s): return found
+    each, ring = part*s.accumulation, gathered(s)[0]//layer_row(s)
+    return {"layers": int(each*2*(a.layers - ring)*layer_row(s)),
+            "embedding and head": int(2*each*max(a.wide)), **found}
 
 # %% ../../nbs/memory/02_budget.ipynb #07memory098
 def traffic_seconds(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SHAPES', 'MODEL', 'TRACED', 'MANY', 'shape_text', 'Setup', 'fill', 'stand_in', 'scale_bytes', 'Anatomy',
            'count_bytes', 'anatomy', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'layer_input',
-           'by_layer', 'stays_whole', 'short_model', 'forward', 'loss_peak', 'measure_loss', 'by_module', 'trace',
-           'trace_level', 'rank_share', 'moment_bytes', 'trained_bytes', 'resident', 'loading_bytes', 'gathered',
+           'divided', 'short_model', 'forward', 'loss_peak', 'measure_loss', 'by_module', 'trace', 'trace_level',
+           'rank_share', 'moment_bytes', 'trained_bytes', 'resident', 'loading_bytes', 'layer_row', 'gathered',
            'levels_of', 'kept_in_all', 'backward_peak', 'Prediction', 'predict', 'memory_table', 'plot_memory']
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory002
@@ -38,8 +38,9 @@ from ..model.linear import fast_linears
 from ..model.loader import (
     finish_model, quantization_config, run_length, scales, skeleton, stored, THREADS)
 from ..model.lora import add_lora, check_targets
+from ..model.sharded import decoder_layers
 from ..training.loss import head_loss, split_model
-from ..training.recompute import set_levels, decoder_layers, mlp_of, ON_CARD, ROOM
+from ..training.recompute import mlp_of, ON_CARD, ROOM, set_levels
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory007
 def _llama(V, D, F, *, L, heads, kv_heads, tied=False, model_type="llama"):
@@ -89,6 +90,7 @@ class Setup:
     device: str = "cuda"             # cuda or cpu
     ranks: int = 1                   # W
     stage: int = 0                   # ZeRO stage, 0 to 3
+    buffers: int = 2                 # S, layers that are whole at a time at stage 3
     offload_param: str = "none"      # none, cpu or nvme
     offload_optimizer: str = "none"  # none, cpu or nvme
     answers: bool = False            # questions before and after; dense weights on a CPU
@@ -316,21 +318,15 @@ def layer_input(
     return setup.batch*setup.length*a.width*a.itemsize
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory036c
-def by_layer(
-    setup:Setup, # stage and offload_param count
-)->bool: # False below stage 3 too
-    "Say whether stage 3 gathers a layer as one."
-    return setup.stage == 3 and setup.offload_param != "nvme"
-
-def stays_whole(
-    setup:Setup, # stage, offload_param and ranks count
+def divided(
+    setup:Setup, # stage, ranks and offload_param count
 )->bool:
-    "Say whether a rank keeps all of the adapter during a step, beside its share."
-    return by_layer(setup) and setup.offload_param == "none" and setup.ranks > 1
+    "Say whether a rank keeps a share of the frozen weights."
+    return setup.stage == 3 and (setup.ranks > 1 or setup.offload_param != "none")
 
 # %% ../../nbs/memory/01_predict.ipynb #memory036f
 def _hook(model, path):
-    "Keep the names of the running modules in `path`; linears have none, a hook there says: gathered."
+    "Keep the names of the running modules in `path`; linears have none."
     for name, module in model.named_modules():
         if isinstance(module, (Linear4bit, nn.Linear)): continue
         module.register_forward_pre_hook(lambda *_, name=name: path.append(name))
@@ -358,9 +354,6 @@ def short_model(
         with Ledger([]), fused("cpu"): fast_linears(model)
         fast_pointwise(model)
     set_levels(model, m.recompute)
-    for mlp in filter(None, map(mlp_of, decoder_layers(model) if m.stage == 3 else ())):
-        # hooks inside of a layer hide the recipe of its input
-        mlp.register_forward_pre_hook(lambda _, args: (args[0].view_as(args[0]), *args[1:]))
     known, path = [*model.parameters(), *model.buffers(), *_scale_tensors(model)], []
     _hook(model, path)
     return model, known, path
@@ -432,12 +425,11 @@ def by_module(
 # %% ../../nbs/memory/01_predict.ipynb #07memory037
 @lru_cache(256)
 def trace(
-    setup:Setup, # cards, optimizer and mostly the stage make no difference
+    setup:Setup, # cards, optimizer and stage make no difference
 )->Trace:
     "Run a training step on meta and write down its memory."
     fields = {name: getattr(setup, name) for name in (*MODEL, "dropout", "recompute", "fast")}
-    apart = setup.stage == 3 and not by_layer(setup) # otherwise hooks are on layers alone
-    model, known, path = short_model(Setup(**fields, stage=3*apart))
+    model, known, path = short_model(Setup(**fields))
     ledger = Ledger(known, path)
     with fused(setup.device), ledger:
         hidden = forward(model, setup)
@@ -472,7 +464,7 @@ def rank_share(
     itemsize:float, # bytes of an element
 )->int: # bytes on one rank
     "Return what a rank holds of frozen tensors."
-    if setup.stage < 3: return sum(sizes)
+    if not divided(setup): return sum(sizes)
     keep = 10*anatomy(setup).width*itemsize
     return sum(n if n < keep else -(-n//setup.ranks) for n in sizes)
 
@@ -493,13 +485,11 @@ def trained_bytes(
     n, moments = sum(a.adapter), moment_bytes(s.optimizer)
     if s.stage == 0 and W == 1:
         return {"adapter": 4*n, "gradients": 4*n, "optimizer": int(moments*n)}
-    adapter = rank_share([a.itemsize*x for x in a.adapter], s, a.itemsize)
-    if stays_whole(s): adapter = a.itemsize*(n - -n//W)
     gradients = (a.itemsize if s.stage == 0 else 4)*n
     if s.stage >= 2: gradients = -(-gradients//W)
     optimizer = int((4 + moments)*n/(W if s.stage else 1))
     bucket = min(n, a.width**2)*a.itemsize
-    return {"adapter": adapter, "gradients": gradients + bucket, "optimizer": optimizer}
+    return {"adapter": a.itemsize*n, "gradients": gradients + bucket, "optimizer": optimizer}
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory057
 def resident(
@@ -507,12 +497,12 @@ def resident(
 )->tuple[dict, dict]: # name → bytes on the card, and name → bytes elsewhere, for one rank
     "Count what is there from the first step to the last."
     a, s = anatomy(setup), setup
-    here = {"packed weights": rank_share(a.packed, s, 1), "scales": a.scales,
+    here = {"packed weights": rank_share(a.packed, s, 1), "scales": rank_share([a.scales], s, 1),
             "embedding and head": rank_share(a.wide, s, a.itemsize),
             "norms and other plain weights": rank_share(a.other, s, a.itemsize), **trained_bytes(s)}
     moved = []
     if s.offload_param != "none":
-        moved += ["packed weights", "embedding and head", "norms and other plain weights", "adapter"]
+        moved += ["packed weights", "scales", "embedding and head"]
     if s.offload_optimizer != "none": moved += ["gradients", "optimizer"]
     return {k: 0 if k in moved else n for k, n in here.items()}, {k: here[k] for k in moved}
 
@@ -525,24 +515,26 @@ def loading_bytes(
     run = min(run_length(setup.device), a.largest)
     piece = 16*run + 2*4*a.largest//64
     if setup.device == "cuda": piece = THREADS*int(2.5*run + 2*4*a.largest/64)
-    if setup.stage == 3 and setup.ranks > 1 and a.packed: piece += max(*a.packed, *a.wide)
-    return piece
+    if not divided(setup): return piece
+    row, codes = layer_row(setup), sum(a.packed)/a.layers # a scale in fp32 for 32 bytes of codes
+    return piece + int(max(row, *a.wide)/setup.ranks + 2*4*codes/32)
+
+def layer_row(
+    setup:Setup, # the run
+)->int: # bytes
+    "Count the bytes of a layer that is whole."
+    a = anatomy(setup)
+    large = sum(n for n in a.other if n >= 10*a.width*a.itemsize)
+    return (sum(a.packed) + a.scales + large)//a.layers
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory061
 def gathered(
     setup:Setup, # the run
-)->tuple[int, int]: # bytes during the loss, during a layer's backward pass
-    "Count the whole weights that stage 3 assembles for a moment."
+)->tuple[int, int]: # bytes of the buffers for layers, of the whole head
+    "Count the whole weights that stage 3 assembles."
+    if not divided(setup): return 0, 0
     a = anatomy(setup)
-    if setup.stage < 3 or setup.ranks == 1 and setup.offload_param == "none": return 0, 0
-    adapter = 0 if stays_whole(setup) else a.itemsize*sum(a.adapter)
-    layer = (sum(a.packed) + sum(a.other) + adapter)/a.layers
-    # in elements; packed ones are bytes
-    room = by_layer(setup) and max(a.wide)/a.itemsize < 2*layer + sum(a.adapter)
-    # a share that waits elsewhere is fetched before it is gathered
-    whole = 1 if setup.offload_param == "none" else 1 + 1/setup.ranks
-    at_once = min(3 if by_layer(setup) else 2, a.layers)
-    return int((max(a.wide) + room*layer)*whole), int(at_once*layer*whole)
+    return min(max(setup.buffers, 2), a.layers)*layer_row(setup), max(a.wide)
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory063
 def levels_of(
@@ -610,18 +602,19 @@ def predict(
     base, loose = {**here, "gradients": 0}, s.stage == 0 and s.ranks == 1 and s.accumulation == 1
     early = 0 if loose else here["gradients"]
     late, kept, t = backward_peak(s, early, here["gradients"])
-    head, pair = gathered(s)
+    ring, head = gathered(s)
     blas = 32*2**20 if s.device == "cuda" else 0
     one = max(a.adapter)*4 if s.device == "cpu" else sum(a.adapter)*4//(s.ranks if s.stage else 1)
     moments = {
         "load": {**weights, "loading": loading_bytes(s)},
         "loss": {**base, "gradients": early, "kept activations": kept_in_all(s),
-                 "logits chunk": trace_level(s, levels_of(s)[-1]).loss, "gather buffers": head,
+                 "logits chunk": trace_level(s, levels_of(s)[-1]).loss, "gather buffers": ring + head,
                  "workspace": blas},
         "backward": {**base, "gradients": late, "kept activations": kept,
-                     "working tensors": t.backward - t.wide, "gather buffers": pair,
+                     "working tensors": t.backward - t.wide, "gather buffers": ring,
                      "workspace": t.wide + blas},
-        "step": {**here, "workspace": blas + (0 if s.offload_optimizer != "none" else one)}}
+        "step": {**here, "gather buffers": ring,
+                 "workspace": blas + (0 if s.offload_optimizer != "none" else one)}}
     if s.answers and s.device == "cpu":
         moments["answers"] = {**weights, "adapter": here["adapter"],
                               "dense weights": 2*sum(a.packed)*a.itemsize}

@@ -22,6 +22,7 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache, partial
+from itertools import groupby
 from pathlib import Path
 
 import bitsandbytes
@@ -644,23 +645,23 @@ def finish_model(
 
 # %% ../../nbs/model/03_loader.ipynb #04loader114
 def whole_weight(
-    weight:nn.Parameter, # of one process, or sharded by ZeRO-3: then every rank has to call this
-):                       # a context in which `weight.data` is all of it
-    "A parameter, assembled from its shards if there are any."
-    if not hasattr(weight, "ds_id"): return nullcontext()
-    from deepspeed.runtime.zero import GatheredParameters
-    return GatheredParameters([weight])
+    module:nn.Module, # of one process, or divided among ranks: then every rank has to call this
+):                    # a context in which `module.weight` is all of it
+    "Assemble a module's weight, where it is divided."
+    flat = getattr(module, "flat", None)
+    return flat.whole() if flat else nullcontext()
 
 # %% ../../nbs/model/03_loader.ipynb #04loader116
 def packed_hash(
     model:nn.Module, # with or without adapters; without 4-bit weights the hash is that of nothing
 ) -> str:            # hexadecimal sha256, the same on every rank
     "The hash of all packed 4-bit weights, in module order."
-    digest = hashlib.sha256()
-    for module in model.modules():
-        if not isinstance(module, Linear4bit): continue
-        with whole_weight(module.weight):
-            digest.update(module.weight.data.contiguous().view(torch.uint8).cpu().numpy())
+    digest, linears = hashlib.sha256(), (m for m in model.modules() if isinstance(m, Linear4bit))
+    for _, modules in groupby(linears, key=lambda module: getattr(module, "flat", module)):
+        first, *others = modules # those that one message assembles
+        with whole_weight(first):
+            for module in (first, *others):
+                digest.update(module.weight.data.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
 
 # %% ../../nbs/model/03_loader.ipynb #04loader119

@@ -23,20 +23,21 @@ from ..data.files import GB, UserError, write_atomic
 from ..data.rows import (
     given_conversations, held_out, load_conversations, Reiterable, split, stream_conversations)
 from ..data.tokens import encode_all, encode_stream, ensure_template
-from ..memory.budget import choose_levels, fit_card, memory_limit, smallest_change
-from ..memory.predict import levels_of, Setup
+from ..memory.budget import (
+    choose_levels, fit_card, memory_limit, more_buffers, smallest_change)
+from ..memory.predict import divided, levels_of, Setup
 from ..model.base import cache_folder, load_tokenizer, resolve_base
+from ..model.flat import on_demand
 from ..model.kernels import fast_pointwise
 from ..model.linear import fast_linears
 from ..model.loader import load_model, read_config
 from ..model.lora import add_lora, check_adapter, check_init, load_adapter, STARTS, VARIANTS
-from ..model.sharded import cast_trained, load_sharded
+from ..model.sharded import load_sharded
 from .config import call_with, DataConfig, load_hook, looks_like_path, RunConfig
 from .monitor import memory_gb
 from .trackers import check_tracker
-from qlora_kit.training.engine import (
-    compute_dtype, DeepSpeedEngine, layer_elements, LocalEngine, make_optimizer, optimizer_class,
-    overlaps, RankInfo)
+from ..training.engine import (
+    compute_dtype, DeepSpeedEngine, LocalEngine, make_optimizer, optimizer_class, RankInfo)
 from ..training.loop import make_schedule, Schedule
 from ..training.loss import LossModel
 from ..training.recompute import LEVELS, levels_in_words, set_levels
@@ -174,18 +175,21 @@ def model_from_config(cfg:RunConfig, # the run
     "Load, quantize, inject."
     m, dtype = cfg.model, getattr(torch, compute_dtype(cfg.training.dtype, device))
     if m.start_adapter: check_adapter(m.start_adapter) # before the base is loaded
-    options = dict(double_quant=m.double_quant, quant_storage=m.quant_storage, dtype=dtype)
-    whole = "dora" in m.lora_variant or m.start_adapter
-    sharded = zero and zero["zero_optimization"]["stage"] == 3 and not whole
-    if sharded: model = load_sharded(folder, zero, quant_type=m.quant_type, **options)
-    else: model = load_model(folder, m.quant_type, device=device, **options)
-    if m.start_adapter: return load_adapter(model, m.start_adapter, trainable=True)
-    model = add_lora(model, m.lora_r, alpha=m.lora_alpha, dropout=m.lora_dropout,
-                     target_modules=m.target_modules, seed=cfg.training.seed,
-                     variant=m.lora_variant, rank_pattern=m.rank_pattern,
-                     alpha_pattern=m.alpha_pattern, init=m.lora_init)
-    if sharded: cast_trained(model, dtype)
-    return model
+    options = dict(double_quant=m.double_quant, quant_storage=m.quant_storage, dtype=dtype,
+                   device=device)
+    zero = zero["zero_optimization"] if zero else {"stage": 0}
+    away, joined = zero.get("offload_param", {}), torch.distributed.is_initialized()
+    several = joined and torch.distributed.get_world_size() > 1
+    if zero["stage"] == 3 and (several or away):
+        model = load_sharded(folder, m.quant_type, offload=away.get("device", "none"),
+                             disk=away.get("nvme_path"), **options)
+    else: model = load_model(folder, m.quant_type, **options)
+    with on_demand(model): # DoRA measures every weight
+        if m.start_adapter: return load_adapter(model, m.start_adapter, trainable=True)
+        return add_lora(model, m.lora_r, alpha=m.lora_alpha, dropout=m.lora_dropout,
+                        target_modules=m.target_modules, seed=cfg.training.seed,
+                        variant=m.lora_variant, rank_pattern=m.rank_pattern,
+                        alpha_pattern=m.alpha_pattern, init=m.lora_init)
 
 # %% ../../nbs/run/07_assemble.ipynb #15train033
 def build_model(cfg:RunConfig, # the run
@@ -220,10 +224,6 @@ def check_choices(cfg:RunConfig, # the run
     if t.optimizer != "adamw":
         raise UserError(f"training.optimizer is {t.optimizer}; under DeepSpeed only adamw is "
                         "allowed, whose moments the ranks share: set it to adamw")
-    if _stage(cfg, _zero_section(deepspeed)) == 3 and "dora" in m.lora_variant:
-        raise UserError(f"model.lora_variant is {m.lora_variant}; ZeRO stage 3 hands a weight to "
-                        "its layer's own forward pass only, and DoRA reads it outside: use lora "
-                        "or rslora, or a lower stage")
 
 def _zero_section(deepspeed): # of a DeepSpeed file, {} without one
     return read_deepspeed(deepspeed).get("zero_optimization", {}) if deepspeed else {}
@@ -237,24 +237,18 @@ def deepspeed_config(cfg:RunConfig, # the run
     place:RankInfo, # this process among the ranks
     hidden_size:int, # model width, for the bucket sizes
     deepspeed:str|None=None, # path of a DeepSpeed file
-    *, layer:int|None=None, # elements of a decoder layer, for the engine
-    trained:int=0, # elements that are trained, for the engine
     )->dict|None: # complete; None: one process, without DeepSpeed
     "What DeepSpeed is asked for."
     if not deepspeed and place.ranks == 1: return None
     t, z = cfg.training, cfg.deepspeed
     dtype, storage = compute_dtype(t.dtype, place.device), cfg.model.quant_storage
-    overlap = z.overlap_comm
-    if overlap is None: overlap = overlaps(_stage(cfg, _zero_section(deepspeed)))
     config = zero_config(z.stage, t.batch_size, accumulation=t.gradient_accumulation_steps,
                          max_grad_norm=t.max_grad_norm, dtype=dtype, hidden_size=hidden_size,
                          offload_param=z.offload_param, offload_optimizer=z.offload_optimizer,
-                         nvme_path=z.nvme_path, quant_storage=storage,
-                         overlap=overlap, layer=layer, trained=trained)
+                         nvme_path=z.nvme_path, overlap=bool(z.overlap_comm))
     if deepspeed:
         config = resolve(read_deepspeed(deepspeed), config, name=str(deepspeed), fixed=_fixed(z))
-    offload = config["zero_optimization"].get("offload_param", {})
-    check_storage(storage, dtype, offload.get("device", "none"))
+    if config["zero_optimization"]["stage"] < 3: check_storage(storage, dtype)
     return config
 
 def _fixed(z): # paths in a DeepSpeed file that the run's config has decided
@@ -279,6 +273,7 @@ class Job:
     plan: Schedule
     notes: list = field(default_factory=list) # lines for the person who watches
     predicted: float | None = None # GB at the peak
+    buffers: int = 2 # layers that are whole at a time, at stage 3
 
     @property
     def device(self)->str: return self.place.device
@@ -295,7 +290,7 @@ def make_job(cfg:RunConfig, # the run
     place:RankInfo=None, # this process among the ranks; None: alone
     *,
     base:Path=Path("."), # folder of the config file
-    predict=None, # folder of the model, tokens of the longest row → GB, levels of the layers
+    predict=None, # folder of the model, tokens of the longest row → as `predict_memory` says
     deepspeed:str|None=None, # path of a DeepSpeed file
     )->Job:
     "Rows, tokens, model: everything that the loop needs."
@@ -308,7 +303,7 @@ def make_job(cfg:RunConfig, # the run
     feed = make_feed(cfg, train, pad_id=tokenizer.pad_token_id, ranks=place.ranks, weights=weights)
     if feed.capacity: notes.append(_how_full(feed))
     longest = feed.capacity or max(feed.lengths, default=0)
-    predicted, levels = predict(folder, longest) if predict else (None, "none")
+    predicted, levels, buffers = predict(folder, longest) if predict else (None, "none", 2)
     zero = None
     if deepspeed or place.ranks > 1:
         zero = deepspeed_config(cfg, place, hidden_size=read_config(folder).hidden_size,
@@ -317,7 +312,7 @@ def make_job(cfg:RunConfig, # the run
     feed.joined = place.device == "cpu" and attend_documents(model)
     return Job(cfg, Path(run), place=place, tokenizer=tokenizer, model=model,
                base=adapter_base(m.base_model, folder), train=train, feed=feed, val=val,
-               plan=_schedule(cfg, feed), notes=notes, predicted=predicted)
+               plan=_schedule(cfg, feed), notes=notes, predicted=predicted, buffers=buffers)
 
 # %% ../../nbs/run/07_assemble.ipynb #15train040
 def make_engine(job:Job, # the run
@@ -326,9 +321,8 @@ def make_engine(job:Job, # the run
     "The engine that this run needs."
     t = job.cfg.training
     module = LossModel(job.model, neftune_alpha=t.neftune_alpha)
-    layer, trained = layer_elements(module)
     config = deepspeed_config(job.cfg, job.place, hidden_size=job.model.config.hidden_size,
-                              deepspeed=deepspeed, layer=layer, trained=trained)
+                              deepspeed=deepspeed)
     optimizer = make_optimizer(module, t.weight_decay, kind=t.optimizer,
                                loraplus_ratio=t.loraplus_ratio)
     if config is None:
@@ -336,7 +330,7 @@ def make_engine(job:Job, # the run
                            fp16=compute_dtype(t.dtype, job.device) == "float16")
     check_devices(job.model)
     if job.place.rank == 0: write_atomic(job.run/"deepspeed.json", json.dumps(config, indent=2))
-    return DeepSpeedEngine(module, optimizer, config=config, place=job.place)
+    return DeepSpeedEngine(module, optimizer, config=config, place=job.place, buffers=job.buffers)
 
 # %% ../../nbs/run/07_assemble.ipynb #runassemble006
 def evaluate_step(job:Job, engine)->float: # mean loss of a target
@@ -364,6 +358,7 @@ def memory_setup(cfg:RunConfig, # the run
     several, file = ranks > 1 or bool(deepspeed), _zero_section(deepspeed)
     def place_of(part): return file.get(part, {}).get("device", getattr(cfg.deepspeed, part))
     offload = {part: place_of(part) for part in ("offload_param", "offload_optimizer") if several}
+    buffers = cfg.deepspeed.gathered_layers
     targets = m.target_modules if isinstance(m.target_modules, str) else tuple(m.target_modules)
     return Setup(str(model), t.batch_size, length=length or t.max_length,
                  packed=cfg.data.packing != "none", accumulation=t.gradient_accumulation_steps,
@@ -373,6 +368,7 @@ def memory_setup(cfg:RunConfig, # the run
                  double_quant=m.double_quant, optimizer=t.optimizer,
                  dtype=compute_dtype(t.dtype, kind), device=kind, ranks=ranks,
                  stage=_stage(cfg, file) if several else 0,
+                 buffers=2 if buffers == "auto" else buffers,
                  answers=cfg.data.score != "none" and not several, **offload)
 
 # %% ../../nbs/run/07_assemble.ipynb #15train086
@@ -394,16 +390,19 @@ def predict_memory(cfg:RunConfig, # the run
     say=print, # gets the prediction
     deepspeed:str|None=None, # path of a DeepSpeed file
     force:bool=False, # start also what cannot fit
-    )->tuple[float|None, str|tuple]: # GB at the peak, as `memory_gb` counts them; levels of layers
+    )->tuple[float|None, str|tuple, int]: # GB at the peak, as `memory_gb` counts; levels; buffers
     "Say what a run will need; `UserError` with the smallest change if there is less."
     wish, kind = cfg.training.recompute, place.device.split(":")[0]
-    unknown = None, wish if wish in LEVELS else "layer"
+    buffers = cfg.deepspeed.gathered_layers
+    unknown = None, wish if wish in LEVELS else "layer", 2 if buffers == "auto" else buffers
     if cfg.model.create_model or cfg.model.start_adapter: return unknown
     limit, host = memory_limit(place)
     try:
         setup = memory_setup(cfg, folder, device=kind, ranks=place.ranks, deepspeed=deepspeed,
                              length=length)
-        fit = fit_card(choose_levels(setup, wish, limit=limit, host=host), limit, margin=0)
+        setup = choose_levels(setup, wish, limit=limit, host=host)
+        if buffers == "auto" and kind == "cuda": setup = more_buffers(setup, limit)
+        fit = fit_card(setup, limit, margin=0)
     except UserError: raise
     except Exception as e:
         log.info("no memory prediction: %r", e)
@@ -411,14 +410,17 @@ def predict_memory(cfg:RunConfig, # the run
     say(_need_in_words(fit))
     if not fit.fits and not force: raise UserError(_too_much(fit, kind))
     before = memory_gb("cpu")[0] if kind == "cpu" else 0
-    return before + fit.prediction.peak/GB, levels_of(fit.setup)
+    return before + fit.prediction.peak/GB, levels_of(fit.setup), fit.setup.buffers
 
 # %% ../../nbs/run/07_assemble.ipynb #15train093a
 def _need_in_words(fit):
     parts = fit.prediction
     return (f"memory: {parts.peak/GB:.2f} GB predicted at the peak ({parts.when}), "
             f"{fit.need/GB:.2f} needed of {fit.limit/GB:.1f} GB; layers: "
-            f"{levels_in_words(levels_of(fit.setup))}")
+            f"{levels_in_words(levels_of(fit.setup))}{_ring_in_words(fit.setup)}")
+
+def _ring_in_words(setup):
+    return f"; {setup.buffers} layers whole at a time" if divided(setup) else ""
 
 def _too_much(fit, kind):
     found = smallest_change(fit.setup, fit.limit, margin=0)

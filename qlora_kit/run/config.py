@@ -144,8 +144,9 @@ class DeepspeedConfig(Section):
     offload_param: Literal["none", "cpu", "nvme"] = "none"   # where unused shards are, at stage 3
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None                             # a folder on a fast local disk
-    # gather beside the computation; null: at stage 3, where every rank has a card
-    overlap_comm: bool | None = None
+    # layers that are whole at a time at stage 3, from 2; auto: as many as there is room for
+    gathered_layers: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    overlap_comm: bool | None = None                         # gradients beside the backward pass
 
 class RunConfig(Section):
     "A whole run."

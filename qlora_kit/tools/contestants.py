@@ -41,12 +41,13 @@ def kit_config(job:dict, # a line's job
 def _memory_predictor(job, cfg, *, place, tell): # as `make_job` wants it
     from qlora_kit.run.assemble import predict_memory
     from qlora_kit.training.recompute import levels_in_words
-    def predict(folder, length): # tokens of the longest row → GB, levels
-        gb, levels = predict_memory(cfg, place, folder=folder, length=length, force=True,
-                                    log=logging.getLogger("qlora_kit"))
+    def predict(folder, length): # tokens of the longest row → GB, levels, buffers
+        found = predict_memory(cfg, place, folder=folder, length=length, force=True,
+                               log=logging.getLogger("qlora_kit"))
+        gb, levels, _ = found
         in_words = levels if isinstance(levels, str) else levels_in_words(levels)
         tell(predicted_gb=gb, layers=in_words)
-        return gb, levels
+        return found
     return predict
 
 # %% ../../nbs/tools/05_contestants.ipynb #18bench046

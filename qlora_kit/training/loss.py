@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.batches import document_starts
 from ..data.files import UserError
+from ..model.flat import looking_up
 from ..model.kernels import autocasts, compiled
 
 # %% ../../nbs/training/01_loss.ipynb #06loss020
@@ -120,7 +121,8 @@ def gives_gradient(
     hidden:Tensor, # [N,D]
 )->bool: # False: logits are computed again in the backward pass
     "Say whether the gradient of the hidden states can be computed with the loss."
-    plain = type(head) is nn.Linear and "forward" not in vars(head)
+    kinds = nn.Linear, looking_up(nn.Linear) # a head of its own, or in a row
+    plain = type(head) in kinds and "forward" not in vars(head)
     frozen = plain and not any(p.requires_grad for p in head.parameters())
     return frozen and torch.is_grad_enabled() and hidden.requires_grad and not autocasts(hidden)
 

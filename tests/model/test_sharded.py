@@ -1,4 +1,4 @@
-"""The sharded loader: 1 to 4 CPU ranks against one process, bit for bit; what each reads and holds; and training on the result."""
+"""The sharded loader: 1 to 4 CPU ranks against one process, bit for bit; what each reads and holds."""
 import json
 import os
 import subprocess
@@ -6,11 +6,11 @@ import sys
 
 import pytest
 import torch
-from bitsandbytes.nn import Params4bit
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from qlora_kit.model import sharded
+from qlora_kit.model.flat import ALIGN, FlatWeights, Segment
 from qlora_kit.data.files import UserError
 from qlora_kit.training.engine import free_port
 from qlora_kit.model.loader import quantization_config
@@ -42,72 +42,56 @@ def folders(tmp_path_factory):
 
 
 COMMON = """
-import json, sys, warnings; warnings.filterwarnings("ignore")
+import json, sys, warnings
+warnings.filterwarnings("ignore")
 from pathlib import Path
 import torch
 from qlora_kit.model import loader
 from qlora_kit.data.files import UserError
-from qlora_kit.training.engine import DeepSpeedEngine, join_ranks, leave, make_optimizer
-from qlora_kit.model.loader import load_model, packed_hash, whole_weight
-from qlora_kit.model.lora import add_lora
-from qlora_kit.training.loss import LossModel
-from qlora_kit.model.sharded import cast_trained, load_sharded
-from qlora_kit.training.zero import zero_config
+from qlora_kit.training.engine import join_ranks, leave
+from qlora_kit.model.loader import load_model, packed_hash
+from qlora_kit.model.flat import on_demand
+from qlora_kit.model.sharded import load_sharded
 root, place = Path(sys.argv[1]), join_ranks(several=True)
 device = place.device
 
 def raw(t): return t.dtype, tuple(t.shape), t.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes()
 
+def rows_of(model): return list({id(m.flat): m.flat for m in model.modules() if hasattr(m, "flat")}.values())
+
 def contents(model):
-    out, buffers = {}, dict(model.named_buffers(remove_duplicate=False))
-    for name, p in model.named_parameters(remove_duplicate=False):
-        with whole_weight(p): out[name] = type(p), p.requires_grad, raw(p.data)
-        if state := getattr(p, "quant_state", None):
-            parts = {k: raw(v) if isinstance(v, torch.Tensor) else v for k, v in state.as_dict().items()}
-            out[f"{name}/state"] = parts, state.nested and raw(state.offset)
-    return out | {k: raw(b) for k, b in buffers.items()}
+    out = {k: raw(b) for k, b in model.named_buffers(remove_duplicate=False)}
+    with on_demand(model):
+        for path, module in model.named_modules():
+            for name in ("weight", "bias"):
+                t = getattr(module, name, None)
+                if not isinstance(t, torch.Tensor): continue
+                out[f"{path}.{name}"] = raw(t.data)
+                if state := getattr(t, "quant_state", None):
+                    parts = {k: raw(v) if isinstance(v, torch.Tensor) else v for k, v in state.as_dict().items()}
+                    out[f"{path}.{name}/state"] = type(t), parts, state.nested and raw(state.offset)
+    return out
 """
 
 EQUAL = COMMON + """
 loader.run_length = lambda device: 1000 # many runs a matrix
 said = {}
-bf16, cases = dict(dtype=torch.bfloat16), json.loads(sys.argv[2])
-for name, args, offload in cases:
+for name, args, offload in json.loads(sys.argv[2]):
     if "dtype" in args: args["dtype"] = getattr(torch, args["dtype"])
-    config = zero_config(hidden_size=64, dtype=str(args.get("dtype", torch.float32)).split(".")[1], offload_param=offload)
-    ours, one = load_sharded(root/name, config, **args), load_model(root/name, **args, device=device)
+    ours = load_sharded(root/name, **args, device=device, offload=offload)
+    one = load_model(root/name, **args, device=device, quiet=True)
     a, b = contents(ours), contents(one)
     assert a.keys() == b.keys() and not [k for k in a if a[k] != b[k]], (name, args, [k for k in a if a[k] != b[k]])
     assert packed_hash(ours) == packed_hash(one) and ours.config.to_dict() == one.config.to_dict() and not ours.training
-    assert all(p.numel() == 0 and p.ds_tensor.numel() == -(-p.ds_numel//place.ranks) for p in ours.parameters()), "a whole tensor is still there"
-    if one.config.tie_word_embeddings: assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
+    rows = rows_of(ours)
+    assert all(row.data is None and len(row.share) == row.part for row in rows), "a whole row is still there"
+    assert sum(row.part for row in rows) <= sum(row.size for row in rows)/place.ranks + 256*len(rows)
+    if one.config.tie_word_embeddings: assert ours.get_output_embeddings().flat is ours.get_input_embeddings().flat
     said[f"{name} {args}"] = ours.bytes_read
 
-def losses(load, config, dtype, steps=6):
-    model = add_lora(load(), r=4, seed=0)
-    cast_trained(model, dtype) # the engine does so itself where a model comes whole
-    module = LossModel(model).train()
-    engine, out = DeepSpeedEngine(module, make_optimizer(module), config, place), []
-    torch.manual_seed(place.rank) # GPT-2's dropout is on
-    for step in range(steps):
-        ids = torch.randint(0, 301, (2, 16), generator=torch.Generator().manual_seed(10*step + place.rank))
-        loss = engine.forward(dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids))
-        engine.backward(loss, 30*place.ranks)
-        engine.step(0.01)
-        out.append(engine.total(loss.item()))
-    return out, packed_hash(model), engine.gather()
-
-for name, args in (("qwen2", {}), ("tied", dict(quant_storage="float32")), ("gpt2", dict(quant_storage="bfloat16", dtype=torch.bfloat16))):
-    dtype = args.get("dtype", torch.float32)
-    config = zero_config(hidden_size=64, dtype=str(dtype).split(".")[1])
-    (ours, hash_ours, adapter), (normal, hash_normal, expected) = (
-        losses(load, config, dtype) for load in (lambda: load_sharded(root/name, config, **args), lambda: load_model(root/name, **args, device=device)))
-    assert all(abs(a - b) <= 1e-5*b for a, b in zip(ours, normal)) and ours[-1] != ours[0], (name, ours, normal)
-    assert hash_ours == hash_normal == packed_hash(load_model(root/name, **args, device=device))
-    assert adapter.keys() == expected.keys() and all(torch.allclose(adapter[k], expected[k], rtol=1e-4, atol=1e-6) for k in adapter)
-
-try: load_sharded(root/("broken" if place.rank == place.ranks - 1 else "qwen2"), zero_config(hidden_size=64)); raise SystemExit("broken file loaded")
+try: load_sharded(root/("broken" if place.rank == place.ranks - 1 else "qwen2"), device=device)
 except UserError as e: said["error"] = str(e)
+else: raise SystemExit("broken file loaded")
 print(json.dumps(said))
 leave()
 """
@@ -144,12 +128,12 @@ CASES = [("llama", {}, "none"), ("llama", {"quant_storage": "bfloat16", "dtype":
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_ranks_together_hold_the_model_of_one_process(folders, ranks):
-    """In the ranks: every bit, hash, tied objects, and six losses to 1e-5 of the normal path's (fp32 sums in the same order differ only where
-    gathers differ). Here: what was read; a share may reach 63 weights beyond each of its two ends, which on matrices this small is the 10 %."""
+    """In the ranks: every bit, hash, and what is kept. Here: what was read. Nothing is read twice but norms and biases, which are the 10 %, and tied tensors that
+    a checkpoint holds twice. A row is cut in pieces of 256 bytes, so on models this small a rank may get a third less than its part of the file, or more."""
     said = launch(EQUAL, ranks, folders, json.dumps(CASES), DS_ACCELERATOR="cpu")
     for name, args in (("llama", {}), ("llama", {"quant_type": "none"}), ("qwen2", {}), ("tied", {"quant_storage": "float32"})):
         total = sum(file_bytes(folders/name).values())
-        for rank in said: assert total/ranks*0.7 <= rank[f"{name} {args}"] <= total/ranks*1.1, (name, rank)
+        for rank in said: assert total/ranks*0.6 <= rank[f"{name} {args}"] <= total/ranks*1.4, (name, rank)
         assert sum(rank[f"{name} {args}"] for rank in said) >= total
     for rank in said[:-1]: assert rank["error"].startswith(f"rank {ranks - 1} could not load its part") and "cut short" in rank["error"]
     assert "cut short" in said[-1]["error"] and "could not load" not in said[-1]["error"]
@@ -169,26 +153,14 @@ def watch(function):
     result = function(); running = False; thread.join()
     return result, peak
 args = dict(dtype=torch.bfloat16, quant_storage="bfloat16")
-config = zero_config(hidden_size=1024, dtype="bfloat16")
-load_sharded(root/"qwen2", config, **args)
+load_sharded(root/"qwen2", **args)
 torch.set_num_threads(1 + place.rank % 2) # other threads, other means: rank 0's has to be everyone's
-model, peak = watch(lambda: load_sharded(sys.argv[2], config, **args))
-packed = sum(p.ds_tensor.nbytes for p in model.parameters() if hasattr(p, "quant_state"))
-scales = sum(q.absmax.nbytes + q.state2.absmax.nbytes for q in (getattr(p, "quant_state", None) for p in model.parameters()) if q)
-plain = sum(p.ds_tensor.nbytes for p in model.parameters() if not hasattr(p, "quant_state"))
-digest = hashlib.sha256()
-for q in (getattr(p, "quant_state", None) for p in model.parameters()):
-    if q: digest.update(raw(q.absmax)[2] + raw(q.offset)[2] + raw(q.state2.absmax)[2])
-disk = config | {"zero_optimization": config["zero_optimization"] | {"offload_param": {"device": "nvme", "nvme_path": str(root/"disk"), "buffer_count": 2, "buffer_size": 2**21}}}
-embedding, hash_before = model.get_input_embeddings().weight, packed_hash(model)
-files = []
-if sys.argv[3] == "disk":
-    swapped = load_sharded(sys.argv[2], disk, **args)
-    files = [f.stat().st_size for f in (root/"disk").rglob(f"rank{place.rank}/*.swp")]
-    moved = swapped.get_input_embeddings().weight
-    with whole_weight(embedding), whole_weight(moved): assert torch.equal(embedding.data, moved.data)
-    assert packed_hash(swapped) == hash_before
-print(json.dumps(dict(digest=digest.hexdigest(), peak=peak, packed=packed, scales=scales, plain=plain, read=model.bytes_read, files=files)))
+model, peak = watch(lambda: load_sharded(sys.argv[2], **args))
+kept, digest = sum(row.part for row in rows_of(model)), hashlib.sha256()
+with on_demand(model):
+    for m in model.modules():
+        if q := getattr(getattr(m, "weight", None), "quant_state", None): digest.update(raw(q.absmax)[2] + raw(q.offset)[2] + raw(q.state2.absmax)[2])
+print(json.dumps(dict(digest=digest.hexdigest(), peak=peak, kept=kept, read=model.bytes_read)))
 leave()
 """
 
@@ -196,23 +168,19 @@ leave()
 @pytest.mark.ranks
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
 def test_a_rank_holds_its_share_and_reads_no_more(folders, tmp_path):
-    """Slack: 2**20 fp32 scales travel at once, and the CPU kernel makes 16 bytes of temporaries for each of 2**16 weights; the rest is
-    DeepSpeed's closures, 40 kB a parameter."""
+    """Slack: the scales of a layer in fp32 and quantized, and the CPU kernel makes 16 bytes of temporaries for each of 2**16 weights."""
     shape = LlamaConfig(vocab_size=4096, hidden_size=1024, intermediate_size=4096, num_hidden_layers=10, num_attention_heads=8, tie_word_embeddings=True)
     sizes = file_bytes(save(tmp_path/"big", shape, max_shard_size="100MB"))
     total, largest = sum(sizes.values()), max(sizes.values())
+    layer = sum(n for name, n in sizes.items() if ".layers.0." in name)/2 # weights
     assert total >= 300e6
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-    disk = AsyncIOBuilder().is_compatible()
-    said = launch(MEMORY, 3, folders, tmp_path/"big", "disk" if disk else "no disk", DS_ACCELERATOR="cpu")
-    slack = 4*2**20 + 16*2**16 + 71*40e3
+    said = launch(MEMORY, 3, folders, tmp_path/"big", DS_ACCELERATOR="cpu")
     for rank in said:
-        assert rank["peak"] <= rank["packed"] + rank["scales"] + rank["plain"] + largest, rank
-        assert rank["peak"] <= rank["packed"] + rank["scales"] + rank["plain"] + slack, rank
+        assert rank["peak"] <= rank["kept"] + 2*5*layer/64 + 16*2**16 + 4*2**20, rank
         assert rank["read"] <= total/3*1.1
-        if disk: assert rank["files"] and min(rank["files"]) >= 2**20
     assert len({rank["digest"] for rank in said}) == 1, "ranks quantized the scales differently"
-    assert sum(rank["packed"] for rank in said) >= 0.249*(total - largest) # all of it, between them; norms are not packed
+    packed = (total - largest)/2*(0.5 + 1/64)
+    assert packed + largest <= sum(rank["kept"] for rank in said) <= 1.01*(packed + largest)
 
 
 @pytest.mark.cuda
@@ -228,26 +196,36 @@ def test_two_ranks_on_one_card_hold_the_model_of_one_process(folders):
     assert said[0]["error"].startswith("rank 1 could not load its part")
 
 
-@pytest.mark.parametrize("shape,storage", [((9, 40), "uint8"), ((75, 60), "bfloat16"), ((3, 16), "uint8"), ((5, 13), "uint8"), ((64, 64), "float32")])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
-def test_every_byte_has_one_keeper_who_reads_its_block(shape, storage, ranks):
-    like = Params4bit(torch.empty(shape, device="meta"), quant_storage=getattr(torch, storage))
-    kept = [sharded.own_bytes(like, r, ranks) for r in range(ranks)]
-    assert kept[0][0] == 0 and kept[-1][1] == (like.numel() + 1)//2 and all(a[1] == b[0] for a, b in zip(kept, kept[1:]))
-    for rank, (first, last) in enumerate(kept):
-        a, b = sharded.own_weights(like, rank, ranks)
-        assert a % 64 == 0 and (b % 64 == 0 or b == like.numel())
-        assert (a, b) == (0, 0) if first == last else a <= 2*first < 2*last <= b + 1 and 2*first - a < 64 and b - 2*last < 64
+def test_every_byte_has_one_keeper_and_no_block_has_two(ranks):
+    shapes = [((180, 1), torch.uint8), ((3,), torch.float32), ((40_000, 1), torch.uint8), ((70, 3), torch.bfloat16)]
+    rows = [FlatWeights(rank, ranks) for rank in range(ranks)]
+    for shape, dtype in shapes:
+        segment = [row.add(shape, dtype) for row in rows][0]
+    for segment in (Segment(0, (180, 1), torch.uint8), segment):
+        cuts = [row.own(segment) for row in rows]
+        assert cuts[0][0] == 0 and cuts[-1][1] == segment.stop - segment.start
+        assert all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
+        assert all(cut % ALIGN == 0 for cut, _ in cuts if cut not in (0, segment.stop - segment.start))
+    assert rows[0].part*ranks >= rows[0].size > rows[0].part*(ranks - 1) or ranks > rows[0].size//ALIGN
+    for row in rows:
+        row.share = torch.zeros(row.part, dtype=torch.uint8)
+        row.keep_part(segment, torch.arange(210).to(torch.bfloat16))
+    rows[-1].set_data(torch.cat([row.share for row in rows]))
+    assert torch.equal(rows[-1].view(segment), torch.arange(210).to(torch.bfloat16).view(70, 3))
 
 
-@pytest.mark.parametrize("counts,limit", [([], 5), ([0, 0], 5), ([9], 5), ([0, 3, 3, 0, 3, 9, 0], 6), ([1]*10, 3)])
-def test_batches_cover_all_and_stay_below_the_limit(counts, limit):
-    cuts = sharded.slot_batches(counts, limit)
-    assert [i for a, b in cuts for i in range(a, b)] == list(range(len(counts)))
-    assert all(sum(counts[a:b]) <= limit or sum(c > 0 for c in counts[a:b]) == 1 for a, b in cuts)
+def test_a_divided_weight_cannot_be_replaced_and_not_trained(folders):
+    model = sharded.load_sharded(folders/"qwen2", quant_type="none")
+    line = model.model.layers[0].mlp.up_proj
+    with pytest.raises(AttributeError, match="divided among the ranks"), line.flat.whole(): line.weight = torch.nn.Parameter(torch.zeros(2, 2))
+    with line.flat.whole(): line.weight = line.weight # PEFT does this on a CPU
+    line.note = 3 # other attributes are free
+    assert "model.layers.0.mlp.up_proj.weight" not in dict(model.named_parameters()) and isinstance(line, torch.nn.Linear)
 
 
-@pytest.mark.parametrize("zero,says", [({"stage": 2}, "received 2"), ({}, "received None"), ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights"),
-                                       ({"stage": 3, "zero_hpz_partition_size": 2}, "zero_hpz_partition_size"), ({"stage": 3, "zero_hpz_partition_size": 1}, "no ranks have joined")])
-def test_configs_under_which_nothing_can_be_sharded(zero, says):
-    with pytest.raises(UserError, match=says): sharded.zero_init({"zero_optimization": zero}, torch.float32)
+def test_a_stack_of_matrices_is_refused(tmp_path):
+    from transformers import Qwen3MoeConfig
+
+    shape = Qwen3MoeConfig(**EVEN, num_experts=64, num_experts_per_tok=2, moe_intermediate_size=144, head_dim=16)
+    with pytest.raises(UserError, match="stack of 64 matrices|only parts of the model's tensors"): sharded.load_sharded(save(tmp_path/"moe", shape))

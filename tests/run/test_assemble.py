@@ -41,22 +41,30 @@ def test_a_bad_row_is_named_before_the_model_is_looked_for(tiny_config, monkeypa
         run(path)
 
 
-@pytest.mark.parametrize("said, stage, backend, overlap", [(None, 3, "nccl", True), (None, 3, "gloo", False), (None, 2, "nccl", False), (False, 3, "nccl", False), (True, 2, "gloo", True)])
-def test_gathers_run_beside_the_computation_where_every_rank_has_a_card(tiny_config, tmp_path, monkeypatch, said, stage, backend, overlap):
-    """By default; a word of the run's config or of the DeepSpeed file counts, and the file's stage does."""
+@pytest.mark.parametrize("said", [None, False, True])
+def test_gradients_are_sent_beside_the_backward_pass_only_where_somebody_says_so(tiny_config, tmp_path, said):
+    """In the run's config or in a DeepSpeed file; also read back from a run folder."""
     from qlora_kit.run.assemble import deepspeed_config
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
     choice = {} if said is None else {"deepspeed__overlap_comm": said}
-    cfg, place = load_config(tiny_config("overlap", deepspeed__stage=stage, **choice)), join_ranks()
+    cfg, place = load_config(tiny_config("overlap", **choice)), join_ranks()
     place.ranks = 2
-    assert deepspeed_config(cfg, place, 64)["zero_optimization"]["overlap_comm"] is overlap
-    if said is not None or stage != 3: return
-    cfg, file = load_config(tiny_config("file")), tmp_path / "ds.json"
-    for zero, expected in (({"stage": 2}, False), ({"stage": "auto", "overlap_comm": "auto"}, overlap), ({"overlap_comm": False}, False)):
-        file.write_text(json.dumps({"zero_optimization": zero}))
-        assert deepspeed_config(cfg, place, 64, str(file))["zero_optimization"]["overlap_comm"] is expected, zero
+    assert deepspeed_config(cfg, place, 64)["zero_optimization"]["overlap_comm"] is bool(said)
     again = tmp_path / "again.yaml"  # as a run folder keeps it, every default written down
     again.write_text(config_yaml(cfg))
-    assert deepspeed_config(load_config(again), place, 64)["zero_optimization"]["overlap_comm"] is overlap
+    assert deepspeed_config(load_config(again), place, 64)["zero_optimization"]["overlap_comm"] is bool(said)
+    if said is not None: return
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"overlap_comm": True}}))
+    assert deepspeed_config(cfg, place, 64, str(file))["zero_optimization"]["overlap_comm"] is True
+
+
+@pytest.mark.parametrize("said, buffers", [("auto", 2), (2, 2), (5, 5)])
+def test_how_many_layers_are_whole_at_a_time(tiny_config, tiny_llama, said, buffers):
+    from qlora_kit.run.assemble import memory_setup
+
+    cfg = load_config(tiny_config("ring", deepspeed__gathered_layers=said))
+    assert memory_setup(cfg, tiny_llama, ranks=2).buffers == buffers
+    with pytest.raises(UserError, match="gathered_layers"): load_config(tiny_config("one", deepspeed__gathered_layers=1))
+
+

@@ -92,7 +92,7 @@ def test_packed_rows_evaluations_and_answers_on_two_ranks_are_those_of_one_proce
     answers = [json.loads((run / "answers.json").read_text()) for run in (one, two)]
     assert answers[0] == answers[1] and all({"before", "after"} <= entry.keys() for entry in answers[0])
     zero = json.loads((two / "deepspeed.json").read_text())["zero_optimization"]
-    assert zero["stage3_prefetch_bucket_size"] == 18432 and zero["overlap_comm"] is False  # one byte for two of a layer's 36,864 weights; gloo
+    assert zero["stage"] == 3 and zero["overlap_comm"] is False and not [key for key in zero if key.startswith("stage3")]
 
 
 SPY = """

@@ -9,8 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qlora_kit.training.engine import free_port, LocalEngine, make_optimizer, shard, sharing
-from qlora_kit.training.zero import _has_async_io
+from qlora_kit.training.engine import free_port, LocalEngine, make_optimizer, sharing
 
 
 class Net(torch.nn.Module):
@@ -89,13 +88,6 @@ def test_step_clips_and_reports_the_norm_from_before():
     assert norm == pytest.approx(torch.cat([g.flatten() for g in grads]).norm().item(), rel=1e-5) and norm > 1
     first = engine.state()["exp_avg/2.weight"] # (1 - 0.9) of the clipped gradient
     torch.testing.assert_close(first, 0.1*grads[-2]*1e-3/norm, rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("n,ranks", [(3, 2), (10, 4), (1, 3), (8, 2), (5, 1)])
-def test_shards_put_together_are_the_whole(n, ranks):
-    whole = torch.arange(1., n+1)
-    runs = [shard(whole, r, ranks) for r in range(ranks)]
-    assert len({len(r) for r in runs}) == 1 and torch.equal(torch.cat(runs)[:n], whole) and not torch.cat(runs)[n:].any()
 
 
 def test_more_ranks_than_cards_is_said_once_and_plainly():
@@ -317,43 +309,13 @@ def test_every_stage_and_cpu_offload_train_as_one_process_does(llama_folder):
     assert alone[-1] < alone[0] - 0.5, "the same two batches, again and again"
 
 
-ALIVE = """
-import json, sys
-from qlora_kit.training.engine import (
-    DeepSpeedEngine, join_ranks, Gathered, layer_elements, leave, make_optimizer)
-from qlora_kit.training.recompute import set_levels
-from qlora_kit.model.linear import fast_linears
-from qlora_kit.training.zero import zero_config
-from test_engine import small_llama, train_small
-place, said = join_ranks(several=True), {}
-for level in ("none", "layer"):
-    module = small_llama(sys.argv[1], recompute=False, rank=2)
-    fast_linears(module.model); set_levels(module.model, level)
-    elements, trained = layer_elements(module)
-    engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(accumulation=2, hidden_size=64, layer=elements, trained=trained), place)
-    layer = sum(p.ds_numel*p.element_size() for n, p in module.named_parameters() if ".layers.0." in n and "base_layer" in n)
-    with Gathered(engine) as gathered: train_small(engine, [place.rank], 3)
-    packed = [sum(size for n, size in sample.items() if "base_layer" in n) for sample in gathered.samples]
-    ends = [sum(any(end in n for n in sample) for end in ("embed_tokens", "lm_head")) for sample in gathered.samples]
-    said[level] = dict(layers=max(packed)/layer, elements=elements/layer, ends=max(ends), seen=len(packed), idle=min(packed))
-    engine.ds.destroy()
-if place.rank == 0: print(json.dumps(said))
-leave()
-"""
-
-
-@pytest.mark.ranks
-def test_at_most_three_layers_are_gathered_at_any_moment(llama_folder):
-    """Five layers, three steps: DeepSpeed looks ahead only from the third micro-batch on, when it knows the order. Embedding and head never at the same time."""
-    for name, alive in start(ALIVE, llama_folder(layers=5, vocab=2048)).items():
-        assert 1 <= alive["layers"] <= 3 and alive["elements"] == 1 and alive["ends"] == 1 and alive["seen"] > 60 and alive["idle"] == 0, (name, alive)
-
-
 LEVELS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 
 
-def at_level(folder, level="none", **load):
-    """`small_llama` as a run makes it: fast forms, a level for its layers."""
+def at_level(folder, level="none", sharded=False, variant="lora", **load):
+    """`small_llama` as a run makes it: fast forms, a level for its layers; each rank its share of it if `sharded`."""
+    from qlora_kit.model.flat import on_demand
+    from qlora_kit.model.sharded import load_sharded
     from qlora_kit.training.recompute import set_levels
     from qlora_kit.model.linear import fast_linears
     from qlora_kit.model.loader import load_model
@@ -361,7 +323,8 @@ def at_level(folder, level="none", **load):
     from qlora_kit.training.loss import LossModel
     from qlora_kit.model.kernels import fast_pointwise
 
-    model = add_lora(load_model(folder, **load), r=2, alpha=8, seed=1)
+    base = load_sharded(folder, **load) if sharded else load_model(folder, **load)
+    with on_demand(base): model = add_lora(base, r=2, alpha=8, seed=1, variant=variant)
     fast_linears(model); fast_pointwise(model); set_levels(model, level)
     g = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():
@@ -375,89 +338,6 @@ def answer(module):
     with torch.no_grad(): ids = module.model.generate(input_ids=torch.arange(5, 12)[None], max_new_tokens=6, do_sample=False, pad_token_id=0)
     module.train()
     return ids[0].tolist()
-
-
-WHOLE = """
-import json, sys
-import torch
-import qlora_kit.training.engine as kit
-from torch.utils._python_dispatch import TorchDispatchMode
-from qlora_kit.training.engine import (
-    DeepSpeedEngine, join_ranks, layer_elements, leave, make_optimizer)
-from qlora_kit.training.recompute import decoder_layers, mlp_of
-from qlora_kit.model.loader import packed_hash
-from qlora_kit.training.zero import zero_config
-from test_engine import LEVELS, answer, at_level, train_small
-
-class Calls(TorchDispatchMode):
-    "Collectives that gather."
-    n = 0
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.n += function.namespace == "c10d" and "gather" in str(function)
-        return function(*args, **(kwargs or {}))
-
-place, said, make_leaves = join_ranks(several=True), {}, kit.make_leaves
-def train(name, module, before=lambda engine: None, **choice):
-    elements, trained = layer_elements(module)
-    engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(accumulation=2, hidden_size=64, layer=elements, trained=trained, overlap=True, **choice), place)
-    before(engine)
-    losses = train_small(engine, [place.rank], 4)
-    with Calls() as calls: losses += train_small(engine, [place.rank], 1)
-    said[name] = dict(losses=losses, calls=calls.n, answer=answer(module), packed=packed_hash(module.model))
-    return engine
-
-for level in LEVELS: train(level, at_level(sys.argv[1], level)).ds.destroy()
-module, recipes = at_level(sys.argv[1], "mlp"), []
-for mlp in map(mlp_of, decoder_layers(module.model)):
-    mlp.forward = lambda x, inner=mlp.forward: (recipes.append(hasattr(x, "recipe") or not torch.is_grad_enabled()), inner(x))[1]
-train("recipes", module).ds.destroy()
-assert all(recipes) and recipes, "a hook inside of a layer has hidden them"
-train("offload", at_level(sys.argv[1]), offload_param="cpu", offload_optimizer="cpu").ds.destroy()
-
-def look(engine):
-    ids = torch.arange(3, 15)[None]
-    with torch.no_grad(): said["evaluated"] = [float(engine.forward(dict(input_ids=ids, labels=ids))) for _ in range(3)]
-    said["before"] = answer(engine.module)
-train("evaluated first", at_level(sys.argv[1]), look).ds.destroy()
-
-kit.make_leaves = lambda *args: [] # matrix by matrix
-engine = train("singly", at_level(sys.argv[1]))
-state = engine.state()
-said["went on"] = train_small(engine, [place.rank], 2)
-engine.ds.destroy()
-kit.make_leaves = make_leaves
-module = at_level(sys.argv[1])
-engine = DeepSpeedEngine(module, make_optimizer(module), zero_config(accumulation=2, hidden_size=64), place)
-engine.load(state, step=5)
-taken = engine.state()
-assert all((taken[k] == state[k]).all() for k in state)
-said["taken over"] = train_small(engine, [place.rank], 2)
-if place.rank == 0: print(json.dumps(said))
-leave()
-"""
-
-
-@pytest.mark.ranks
-def test_layers_gathered_whole_train_as_one_process_does(llama_folder):
-    """Every level, 2 micro-batches; recipes, offload, an evaluation and an answer before the first step, a checkpoint of a run that gathered matrix by matrix."""
-    from qlora_kit.model.loader import packed_hash
-
-    folder, L = llama_folder(layers=3, vocab=2048), 3
-    module = at_level(folder)
-    local, before, packed = LocalEngine(module, make_optimizer(module)), answer(module), packed_hash(module.model)
-    ids = torch.arange(3, 15)[None]
-    with torch.no_grad(): evaluated = float(local.forward(dict(input_ids=ids, labels=ids)))
-    alone, after = train_small(local, [0, 1], 5), answer(module)
-    said = start(WHOLE, folder)
-    names = (*LEVELS, "recipes", "offload", "evaluated first", "singly")
-    for name in names:
-        assert said[name]["losses"] == pytest.approx(alone, rel=1e-5), name
-        assert said[name]["answer"] == after and said[name]["packed"] == packed, name
-    assert said["evaluated"] == pytest.approx([evaluated]*3, rel=1e-5) and said["before"] == before != after
-    assert said["taken over"] == pytest.approx(said["went on"], rel=1e-5)
-    for name in LEVELS:  # packed codes forward and backward; once a step the rest of a layer, in two pieces at most; embedding, head, last norm
-        assert said[name]["calls"] <= 2*(2*L + 4) + 2*L + 2, (name, said[name]["calls"])
-    assert said["singly"]["calls"] > 3*said["none"]["calls"]
 
 
 FAMILIES = """
@@ -511,61 +391,45 @@ def test_families_train_on_three_ranks_as_in_one_process(tmp_path):
         assert said[name] == pytest.approx(three_rows(LocalEngine(module, make_optimizer(module)), range(3)), rel=1e-5), name
 
 
-def test_what_keeps_layers_from_being_gathered_whole_is_named(llama_folder, capsys):
-    from qlora_kit.training.engine import layer_elements, layers_of, make_leaves
-    from qlora_kit.training.recompute import decoder_layers
-
-    folder, stage3 = llama_folder(), dict(stage=3)
-    module = at_level(folder)
-    layers = list(decoder_layers(module.model))
-    capsys.readouterr()
-    assert layers_of(module) == layers == make_leaves(module, stage3) and all(layer._z3_leaf for layer in layers) and not capsys.readouterr().err
-    numel = sum(m.weight.numel() for m in layers[0].modules() if hasattr(m, "quant_state"))
-    assert layer_elements(module) == (numel, sum(p.numel() for p in module.parameters() if p.requires_grad))
-    assert make_leaves(module, dict(stage=2)) == [] and not capsys.readouterr().err
-    for other, zero, says in ((module, stage3 | dict(offload_param=dict(device="nvme")), "nvme"), (small_llama(folder), stage3, "training.recompute does the same"), (Net(), stage3, "no list of decoder layers")):
-        assert make_leaves(other, zero) == [] and not any(getattr(m, "_z3_leaf", False) for m in other.modules())
-        assert says in capsys.readouterr().err
-    assert make_leaves(Net(), stage3, say=False) == [] and not capsys.readouterr().err
-    assert layer_elements(Net())[0] is None
-
-
 NVME = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import torch
 from qlora_kit.training.engine import DeepSpeedEngine, join_ranks, leave, make_optimizer
 from qlora_kit.training.zero import zero_config
 from test_engine import small_llama, train_small
 place, said = join_ranks(several=True), {}
+def open_files(folder):
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try: found += [os.fstat(int(fd)).st_size]*(folder in os.readlink(f"/proc/self/fd/{fd}"))
+        except OSError: pass # the folder's own, closed by now
+    return found
 for where, offload in dict(none={}, params=dict(offload_param="nvme"), both=dict(offload_param="nvme", offload_optimizer="nvme")).items():
-    module = small_llama(sys.argv[1], dtype=torch.bfloat16, storage="bfloat16", rank=32)
-    config = zero_config(accumulation=2, dtype="bfloat16", hidden_size=1536, nvme_path=f"{sys.argv[2]}/{where}", quant_storage="bfloat16",
-                         largest=4*10**6, **offload)
+    module = small_llama(sys.argv[1], dtype=torch.bfloat16, rank=32)
+    config = zero_config(accumulation=2, dtype="bfloat16", hidden_size=256, nvme_path=f"{sys.argv[2]}/{where}", **offload)
     engine = DeepSpeedEngine(module, make_optimizer(module), config, place)
     said[where] = train_small(engine, [place.rank], 2)
     state = engine.state()
     engine.load(state, step=2)
     again = engine.state()
     assert all((again[k] == state[k]).all() for k in state)
-    files = list(Path(sys.argv[2], where).rglob("*.swp"))
-    said[where, "files"] = [(f.parent.parent.name, f.parent.name, f.stat().st_size) for f in files]
+    said[where + " files"] = sorted(open_files(f"{sys.argv[2]}/{where}"))
+    assert not list(Path(sys.argv[2]).rglob("*.*")), "a file that a kill would leave behind"
+    said[where + " shares"] = sorted(row.part for row in {m.flat for m in module.modules() if hasattr(m, "flat")})
     engine.ds.destroy()
-if place.rank == 0: print(json.dumps([[*key, value] if isinstance(key, tuple) else [key, "losses", value] for key, value in said.items()]))
+if place.rank == 0: print(json.dumps(said))
 leave()
 """
 
 
 @pytest.mark.ranks
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_what_waits_on_nvme_is_in_files_and_trains_the_same(llama_folder, tmp_path):
-    """DeepSpeed swaps shards of a megabyte and more: here the three matrices of the MLP, 3.4 MB each, half of it per rank. The same numbers are computed, so the losses are equal."""
-    if not _has_async_io(): pytest.skip("libaio is missing: install libaio-dev")
-    said = {(where, what): value for where, what, value in start(NVME, llama_folder(layers=1, hidden=1536), tmp_path / "nvme")}
-    assert said["none", "losses"] == said["params", "losses"] == said["both", "losses"]
-    folders = {where: {(folder, rank) for folder, rank, _ in said[where, "files"]} for where in ("none", "params", "both")}
-    ranks = {f"rank{r}" for r in (0, 1)}
-    assert not folders["none"] and folders["params"] == {("bfloat16params", r) for r in ranks} and folders["both"] == folders["params"] | {("optimizer", r) for r in ranks}
-    assert all(size >= 2**20 for _, _, size in said["params", "files"]) and len(said["params", "files"]) >= 6
+    """Each layer's, the embedding's and the head's share are in a file without a name. The same numbers are computed, so the losses are equal."""
+    said = start(NVME, llama_folder(layers=3, hidden=256), tmp_path / "nvme")
+    assert said["none"] == said["params"] == said["both"] and said["none files"] == []
+    assert said["params files"] == said["both files"] == said["params shares"] and len(said["params shares"]) == 5
 
 
 @pytest.mark.cuda
