@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THREADS', 'COMPUTED', 'SCALES', 'open_tensors', 'tensor_files', 'read_flat', 'read_turned', 'Tensors', 'Piece',
-           'runs', 'run_length', 'pack_run', 'stored', 'cached_codebook', 'scales', 'pack_matrix', 'byte_places',
-           'tensor_slice', 'read_into', 'PinnedReader', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton',
+           'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack_matrix', 'tensor_slice', 'PinnedBuffers',
+           'byte_places', 'read_into', 'PinnedReader', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton',
            'slots', 'Unstreamable', 'file_names', 'match_names', 'is_packed', 'complain', 'reader', 'make_tensor',
            'frozen', 'copy_run', 'read_packed', 'saved_scales', 'saved_pack', 'quantization_config', 'load_model',
            'check_tied', 'finish_model', 'whole_weight', 'packed_hash', 'whole_notice', 'load_whole']
@@ -102,8 +102,9 @@ def read_turned(
 class Tensors:
     "The tensors of a checkpoint by name, read in parts; `bytes` counts what was asked for."
     def __init__(self, folder:Path, device="cpu"):
-        self.files, self.bytes, self.open, self.lock = tensor_files(folder), 0, {}, threading.Lock()
-        self.lane = PinnedReader(device) if torch.device(device).type == "cuda" else None
+        self.files, self.open = tensor_files(folder), {}
+        self.bytes, self.lock = 0, threading.Lock()
+        self.carrier = PinnedReader(device) if torch.device(device).type == "cuda" else None
     def __contains__(self, name:str) -> bool: return name in self.files
     def __iter__(self): return iter(self.files)
     def handle(self, name:str): # the file that holds it, open
@@ -119,19 +120,20 @@ class Tensors:
         with self.lock: self.bytes += n
     def each(self, work, items): # work(item) for each item, in order
         "Several at a time where that is faster: on the way to a card."
-        return self.lane.pool.map(work, items) if self.lane else map(work, items)
+        return self.carrier.pool.map(work, items) if self.carrier else map(work, items)
 
 # %% ../../nbs/model/03_loader.ipynb #04loader027
 class Piece:
     "One tensor in a file, for `read_flat` and `read_turned`."
     def __init__(self, tensors:Tensors, name:str):
-        self.tensors, self.name, self.slice = tensors, name, tensors.handle(name).get_slice(name)
+        self.tensors, self.name = tensors, name
+        self.slice = tensors.handle(name).get_slice(name)
     def get_shape(self) -> list[int]: return self.slice.get_shape()
     def __getitem__(self, index) -> Tensor:
-        lane = self.tensors.lane
-        where = lane and tensor_slice(self.get_shape(), index)
-        part = lane.part(self.tensors.files[self.name], self.name, self.slice[:0].dtype,
-                         *where) if where else self.slice[index]
+        carrier, file = self.tensors.carrier, self.tensors.files[self.name]
+        where = carrier and tensor_slice(self.get_shape(), index)
+        part = (carrier.part(file, self.name, dtype=self.slice[:0].dtype, where=where) if where
+                else self.slice[index])
         self.tensors.count(part.nbytes)
         return part
 
@@ -168,7 +170,8 @@ def pack_run(
     absmax = torch.empty(-(-(b - a)//64), dtype=torch.float32, device=device)
     for x, y in runs(a, b, width=like.shape[1], limit=run_length(device)):
         wide = read(x, y).to(device).to(like.dtype)
-        codes, largest = torch.ops.bitsandbytes.quantize_4bit(wide, 64, like.quant_type, torch.uint8)
+        codes, largest = torch.ops.bitsandbytes.quantize_4bit(wide, 64, like.quant_type,
+                                                              torch.uint8)
         packed[(x - a)//2:][:codes.numel()] = codes.flatten()
         absmax[(x - a)//64:][:largest.numel()] = largest
     return packed, absmax
@@ -185,20 +188,17 @@ def stored(
                         f"{tuple(like.shape)} packs into {packed.numel()}; use quant_storage uint8")
     return packed.view(like.quant_storage)
 
-# %% ../../nbs/model/03_loader.ipynb #04loader040a
-@cache
-def cached_codebook(quant_type:str, device) -> Tensor: # [16] fp32
-    "The sixteen values, brought to a device once."
-    return get_4bit_type(quant_type, device=device)
-
 # %% ../../nbs/model/03_loader.ipynb #04loader041
+@cache
+def _codebook(quant_type, device): return get_4bit_type(quant_type, device=device)
+
 def scales(
     absmax:Tensor,   # [N/64] fp32, the largest magnitude of each block
     like:Params4bit, # shape, dtype, quant_type; compress_statistics: quantize the scales too
     offset:Tensor|None=None, # what to subtract first; None: the mean of `absmax`
 ) -> QuantState:     # what bitsandbytes keeps beside packed weights
     "Keep block scales as bitsandbytes does, in 8 bits on demand (arXiv 2305.14314, section 3)."
-    codebook = cached_codebook(like.quant_type, absmax.device)
+    codebook = _codebook(like.quant_type, absmax.device)
     common = dict(shape=like.shape, dtype=like.dtype, blocksize=64, quant_type=like.quant_type,
                   code=codebook.clone()) # transformers does not save what is shared
     if not like.compress_statistics: return QuantState(absmax=absmax, **common)
@@ -216,17 +216,6 @@ def pack_matrix(
     packed, absmax = pack_run(read, like, a=0, b=like.numel(), device=device)
     return stored(packed, like).unsqueeze(1), scales(absmax, like)
 
-# %% ../../nbs/model/03_loader.ipynb #04loader047
-def byte_places(
-    file:Path, # a .safetensors file
-) -> dict[str,int]: # the first byte of each tensor
-    "Read a file's table of contents."
-    with open(file, "rb") as f:
-        n = int.from_bytes(f.read(8), "little")
-        table = json.loads(f.read(n))
-    return {name: 8 + n + entry["data_offsets"][0] for name, entry in table.items()
-            if name != "__metadata__"}
-
 # %% ../../nbs/model/03_loader.ipynb #04loader049
 def tensor_slice(
     shape:list[int], # of a tensor in a file
@@ -241,7 +230,31 @@ def tensor_slice(
     width, count = math.prod(inner), last - first
     return (place*shape[len(at)] + first)*width, count*width, [count, *inner]
 
-# %% ../../nbs/model/03_loader.ipynb #04loader051
+# %% ../../nbs/model/03_loader.ipynb #04loader053a
+class PinnedBuffers:
+    "Two buffers of pinned memory for each thread that asks."
+    def __init__(self, size:int): # bytes of each
+        self.size, self.own = size, threading.local()
+
+    def take(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event of its last copy
+        "The thread's buffer whose turn it is."
+        if not hasattr(self.own, "two"):
+            pinned = [torch.empty(self.size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+            self.own.two = [(b, memoryview(b.numpy()), torch.cuda.Event()) for b in pinned]
+        self.own.two.reverse()
+        return self.own.two[0]
+
+# %% ../../nbs/model/03_loader.ipynb #04loader047
+def byte_places(
+    file:Path, # a .safetensors file
+) -> dict[str,int]: # the first byte of each tensor
+    "Read a file's table of contents."
+    with open(file, "rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        table = json.loads(f.read(n))
+    return {name: 8 + n + entry["data_offsets"][0] for name, entry in table.items()
+            if name != "__metadata__"}
+
 def read_into(
     file,            # open, unbuffered, where the bytes begin
     view:memoryview, # n bytes of memory
@@ -259,26 +272,18 @@ THREADS = 8 # that carry
 class PinnedReader:
     "Carries stretches of files to a card, for several threads at a time."
     def __init__(self, device, size:int=2**23, threads:int=THREADS): # bytes of a buffer
-        self.device, self.size = torch.empty(0, device=device).device, size
-        self.places, self.own = {}, threading.local()
+        self.device = torch.empty(0, device=device).device
+        self.buffers, self.places = PinnedBuffers(size), {}
         self.pool = ThreadPoolExecutor(threads, initializer=torch.cuda.set_device,
                                        initargs=(self.device,))
-        for _ in range(threads): self.pool.submit(self.buffer) # pinning takes a while
+        for _ in range(threads): self.pool.submit(self.buffers.take) # pinning takes a while
 
-    def buffer(self) -> tuple: # [size] uint8, pinned; the same as bytes; the event of its last copy
-        "The thread's buffer whose turn it is."
-        if not hasattr(self.own, "two"):
-            pinned = [torch.empty(self.size, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-            self.own.two = [(b, memoryview(b.numpy()), torch.cuda.Event()) for b in pinned]
-        self.own.two.reverse()
-        return self.own.two[0]
-
-    def part(self, file:Path, name:str, dtype:torch.dtype,
-             first:int, count:int, shape:list[int]) -> Tensor: # on the card
+    def part(self, file:Path, name:str, dtype:torch.dtype, where:tuple) -> Tensor: # on the card
         "Numbers of a tensor, as `tensor_slice` names them."
         if file not in self.places: self.places[file] = byte_places(file)
-        return self.carry(file, self.places[file][name] + first*dtype.itemsize,
-                          count*dtype.itemsize).view(dtype).view(shape)
+        first, count, shape = where
+        start = self.places[file][name] + first*dtype.itemsize
+        return self.carry(file, start, count*dtype.itemsize).view(dtype).view(shape)
 
     def carry(self, file:Path, start:int, n:int) -> Tensor: # [n] uint8 on the card
         "Bytes of a file."
@@ -286,8 +291,8 @@ class PinnedReader:
         stream = torch.cuda.current_stream(self.device)
         with open(file, "rb", buffering=0) as f:
             f.seek(start)
-            for part in out.split(self.size):
-                buffer, view, sent = self.buffer()
+            for part in out.split(self.buffers.size):
+                buffer, view, sent = self.buffers.take()
                 sent.synchronize() # what it held last has arrived
                 read_into(f, view[:len(part)])
                 part.copy_(buffer[:len(part)], non_blocking=True)

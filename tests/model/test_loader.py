@@ -109,6 +109,23 @@ def test_equals_transformers_on_cuda(folders, name, args, monkeypatch):
     assert contents(ours) == contents(theirs(folders[name], **args, device="cuda"))
 
 
+def test_threads_carry_tensors_over_small_buffers(folders, monkeypatch):
+    "The way to a card, with ordinary memory for the pinned and for the card's."
+    class Event:
+        def record(self, stream): pass
+        def synchronize(self): pass
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **args: empty(*size, **args))
+    for name, stub in {"Event": Event, "current_stream": lambda device: None, "set_device": lambda device: None}.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    straight, carried = loader.Tensors(folders["sharded"]), loader.Tensors(folders["sharded"])
+    carried.carrier = loader.PinnedReader("cpu", size=1000, threads=3)
+    parts = [(name, a, b) for name in straight for n in [straight.whole(name).numel()] for a, b in ((0, n), (n//3, n//2), (1, n - 1))]
+    for (name, a, b), got in zip(parts, carried.each(lambda part: loader.read_flat(carried[part[0]], *part[1:]), parts)):
+        assert torch.equal(got, straight.whole(name).flatten()[a:b]), (name, a, b)
+    assert carried.bytes == sum(4*(b - a) for _, a, b in parts)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="RssAnon is Linux's")
 def test_memory_stays_below_the_model_and_one_tensor(folders, tmp_path):
     shape = LLAMA | dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=2, vocab_size=1024)
