@@ -6,8 +6,8 @@
 __all__ = ['THREADS', 'COMPUTED', 'SCALES', 'open_tensors', 'tensor_files', 'read_flat', 'read_turned', 'Tensors', 'Piece',
            'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack_matrix', 'tensor_slice', 'PinnedBuffers',
            'byte_places', 'read_into', 'PinnedReader', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton',
-           'slots', 'Unstreamable', 'file_names', 'match_names', 'is_packed', 'complain', 'reader', 'make_tensor',
-           'frozen', 'copy_run', 'read_packed', 'saved_scales', 'saved_pack', 'quantization_config', 'load_model',
+           'slots', 'is_packed', 'Unstreamable', 'file_names', 'complain', 'match_names', 'reader', 'copy_run',
+           'read_packed', 'saved_scales', 'saved_pack', 'frozen', 'make_tensor', 'quantization_config', 'load_model',
            'check_tied', 'finish_model', 'whole_weight', 'packed_hash', 'whole_notice', 'load_whole']
 
 # %% ../../nbs/model/03_loader.ipynb #04loader002
@@ -311,8 +311,8 @@ def read_config(
 
 # %% ../../nbs/model/03_loader.ipynb #04loader058
 def saved_quantization(
-    folder:Path, config, # from `read_config`
-) -> BitsAndBytesConfig|None: # None: plain weights; `UserError` for a form other than bitsandbytes' 4 bits
+    folder:Path, config,      # from `read_config`
+) -> BitsAndBytesConfig|None: # None: plain weights; `UserError` for a form not bitsandbytes' own
     "How a checkpoint's weights are quantized already."
     saved = getattr(config, "quantization_config", None)
     if saved is None: return None
@@ -329,17 +329,18 @@ def saved_quantization(
 def keep_saved(
     saved:BitsAndBytesConfig,      # from `saved_quantization`
     asked:BitsAndBytesConfig|None, # what the caller chose
-) -> BitsAndBytesConfig:           # the saved one with the caller's dtypes; `UserError` where the two contradict
-    "Reconcile a quantized checkpoint with the caller's choices."
+) -> BitsAndBytesConfig:           # the saved one, with the caller's dtypes
+    "Reconcile a quantized checkpoint with the caller's choices, or raise `UserError`."
     quant_type = asked.bnb_4bit_quant_type if asked else "none"
     for name, file, ours in (("quant_type", saved.bnb_4bit_quant_type, quant_type),
-                             ("double_quant", saved.bnb_4bit_use_double_quant, asked
-                              and asked.bnb_4bit_use_double_quant)):
+                             ("double_quant", saved.bnb_4bit_use_double_quant,
+                              asked and asked.bnb_4bit_use_double_quant)):
         if file != ours:
             raise UserError(f"{name}: received {ours}, the checkpoint's weights are quantized with "
                             f"{file}; set {name} to {file}, "
                             "or use the checkpoint that this one was made from")
-    saved.bnb_4bit_quant_storage, saved.bnb_4bit_compute_dtype = asked.bnb_4bit_quant_storage, asked.bnb_4bit_compute_dtype
+    saved.bnb_4bit_quant_storage = asked.bnb_4bit_quant_storage
+    saved.bnb_4bit_compute_dtype = asked.bnb_4bit_compute_dtype
     return saved
 
 # %% ../../nbs/model/03_loader.ipynb #04loader062
@@ -373,7 +374,7 @@ def skeleton(
 # %% ../../nbs/model/03_loader.ipynb #04loader066
 def slots(
     model:PreTrainedModel, # from `skeleton`
-) -> list[list[tuple]]:    # per tensor: [(module, attribute, full name)], more than one where weights are tied
+) -> list[list[tuple]]:    # per tensor [(module, attribute, full name)]; several where it is tied
     "The tensors that a checkpoint has to provide, in module order."
     found = defaultdict(list)
     for path, module in model.named_modules():
@@ -383,19 +384,29 @@ def slots(
             if tensor is not None: found[id(tensor)].append((module, name, f"{path}.{name}"))
     return list(found.values())
 
+def is_packed(
+    module:nn.Module, # of a slot
+    name:str,         # its attribute
+) -> bool:
+    "Tell a 4-bit weight from a plain tensor."
+    return isinstance(getattr(module, name), Params4bit)
+
 # %% ../../nbs/model/03_loader.ipynb #04loader069
 class Unstreamable(UserError):
-    "Tensors of the model that are nowhere in the checkpoint: transformers computes them from several."
+    "The model has tensors that transformers computes from several of the checkpoint."
     def __init__(self, reason:str): # which family and which tensors
         super().__init__(f"{reason}, so no rank can read its share of it; use deepspeed.stage 2 or "
                          "lower, where each loads the whole model")
         self.reason = reason
 
+# %% ../../nbs/model/03_loader.ipynb #04loader069a
 def file_names(
-    model:PreTrainedModel, names, # from `skeleton`; of the checkpoint's tensors
-) -> dict[str,str]:               # name that transformers gives a tensor today -> its name in the checkpoint; `Unstreamable`
+    model:PreTrainedModel, # from `skeleton`
+    names,                 # of the checkpoint's tensors
+) -> dict[str,str]:        # transformers' name today -> name in the checkpoint; or `Unstreamable`
     "Apply the family's own rules to the checkpoint's names."
-    state, found, parts = model.state_dict(), {}, []
+    state = model.state_dict()
+    found, parts = {}, []
     known = {s for name in state for s in (name, name.removeprefix(f"{model.base_model_prefix}."))}
     if known.issuperset(names) and all(t.dim() < 3 for t in state.values()):
         return {name: name for name in names} # the table of rules is large
@@ -413,39 +424,6 @@ def file_names(
                            f"{len(parts) - 1} more are only parts of the model's tensors")
     return found
 
-# %% ../../nbs/model/03_loader.ipynb #04loader071
-COMPUTED = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$"]
-SCALES = r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$"
-
-def match_names(
-    model:PreTrainedModel, slots:list, # `slots(model)`
-    names,                             # of the checkpoint's tensors
-) -> list[list[str]]:                  # per slot, its names in the checkpoint; `Unstreamable`
-    "Pair slots with tensors; a slot or a tensor left over is an error."
-    in_file = file_names(model, names)
-    prefix, saved = model.base_model_prefix + ".", getattr(getattr(model, "hf_quantizer", None),
-        "pre_quantized", False)
-    spelled = [[s for *_, name in slot for s in dict.fromkeys((name, name.removeprefix(prefix)))]
-               for slot in slots]
-    found = [[in_file[s] for s in spellings if s in in_file] for spellings in spelled]
-    optional = model._keys_to_ignore_on_load_missing or []
-    missing = [slot[0][2] for slot, keys in zip(slots, found) if not keys
-               and (isinstance(getattr(*slot[0][:2]), nn.Parameter)
-                    or not _any(optional, slot[0][2]))]
-    if saved:
-        missing += [f"{keys[0]}.absmax" for slot, keys in zip(slots, found) if keys
-                    and is_packed(*slot[0][:2]) and f"{keys[0]}.absmax" not in names]
-    extra = {old for new, old in in_file.items()
-             if not _any([*COMPUTED, *[SCALES]*saved,
-                          *(model._keys_to_ignore_on_load_unexpected or [])], new)}
-    complain(missing, sorted(extra - {key for keys in found for key in keys}))
-    return found
-
-def is_packed(module:nn.Module, name:str) -> bool:
-    return isinstance(getattr(module, name), Params4bit)
-
-def _any(patterns, name): return any(re.search(p, name) for p in patterns)
-
 # %% ../../nbs/model/03_loader.ipynb #04loader073
 def complain(
     missing:list[str], # names the model wants and the checkpoint lacks
@@ -460,11 +438,40 @@ def complain(
         raise UserError(f"checkpoint: tensors do not fit its config.json; {'; '.join(parts)}. "
                         "Take config.json and weights from the same model")
 
+# %% ../../nbs/model/03_loader.ipynb #04loader071
+COMPUTED = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.attn\.masked_bias$"]
+SCALES = r"\.weight\.(nested_)?(absmax|quant_map)$|\.weight\.quant_state\.bitsandbytes__(nf4|fp4)$"
+
+def _any(patterns, name): return any(re.search(p, name) for p in patterns)
+
+def match_names(
+    model:PreTrainedModel, # from `skeleton`
+    slots:list,            # `slots(model)`
+    names,                 # of the checkpoint's tensors
+) -> list[list[str]]:      # per slot, its names in the checkpoint; or `Unstreamable`
+    "Pair slots with tensors; a slot or a tensor left over is an error."
+    in_file, prefix = file_names(model, names), f"{model.base_model_prefix}."
+    found = [[in_file[s] for *_, name in slot
+              for s in dict.fromkeys((name, name.removeprefix(prefix))) if s in in_file]
+             for slot in slots]
+    optional = model._keys_to_ignore_on_load_missing or []
+    missing = [slot[0][2] for slot, keys in zip(slots, found) if not keys
+               and (isinstance(getattr(*slot[0][:2]), nn.Parameter)
+                    or not _any(optional, slot[0][2]))]
+    known = [*COMPUTED, *(model._keys_to_ignore_on_load_unexpected or [])]
+    if getattr(getattr(model, "hf_quantizer", None), "pre_quantized", False):
+        known.append(SCALES)
+        missing += [f"{keys[0]}.absmax" for slot, keys in zip(slots, found) if keys
+                    and is_packed(*slot[0][:2]) and f"{keys[0]}.absmax" not in names]
+    extra = {old for new, old in in_file.items() if not _any(known, new)}
+    complain(missing, sorted(extra - {key for keys in found for key in keys}))
+    return found
+
 # %% ../../nbs/model/03_loader.ipynb #04loader076
 def reader(
     module:nn.Module, name:str, # the slot
     tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
-):                              # read(a, b) -> Tensor [b-a], the numbers a…b of the slot's flattened tensor
+):                              # read(a, b) -> Tensor [b-a], numbers a…b of the flattened slot
     "How to read what a slot needs; `UserError` for another shape than config.json's."
     like, piece = getattr(module, name), tensors[key]
     turned = is_packed(module, name) and issubclass(module.source_cls, Conv1D)
@@ -474,34 +481,6 @@ def reader(
                         f"{shape}; take both from the same model")
     if not shape: return lambda a, b: tensors.whole(key).reshape(1)[a:b]
     return partial(read_turned if turned else read_flat, piece)
-
-# %% ../../nbs/model/03_loader.ipynb #04loader078
-def make_tensor(
-    module:nn.Module, name:str, # the slot
-    tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
-    device,                     # where to put it
-) -> Tensor:                    # Params4bit, Parameter or buffer
-    "Read, cast, and where the slot is 4-bit quantize, one tensor."
-    like = getattr(module, name)
-    if is_packed(module, name):
-        if f"{key}.absmax" in tensors:
-            data, module.quant_state = saved_pack(tensors, key, like=like, device=device)
-        else:
-            data, module.quant_state = pack_matrix(reader(module, name, tensors=tensors, key=key),
-                                                   like, device)
-        return frozen(data, like, module.quant_state)
-    value = copy_run(reader(module, name, tensors=tensors, key=key), like, a=0, b=like.numel(),
-                     device=device).view(like.shape)
-    if not isinstance(like, nn.Parameter): return value
-    return nn.Parameter(value, value.is_floating_point())
-
-def frozen(
-    data:Tensor,      # [N/2/itemsize, 1] packed weights
-    like:Params4bit,  # the slot
-    state:QuantState, # the scales
-) -> Params4bit:
-    "Hold packed weights as bitsandbytes does."
-    return Params4bit(data, **like.__dict__ | {"quant_state": state, "bnb_quantized": True})
 
 # %% ../../nbs/model/03_loader.ipynb #04loader080
 def copy_run(
@@ -549,8 +528,7 @@ def saved_scales(
 
 # %% ../../nbs/model/03_loader.ipynb #04loader085
 def saved_pack(
-    tensors:Tensors,            # the checkpoint
-    key:str,                    # the packed matrix's name in it
+    tensors:Tensors, key:str,   # the checkpoint, and the packed matrix's name in it
     like:Params4bit,            # its shape
     device,                     # where both results go
 ) -> tuple[Tensor, QuantState]: # packed weights and their scales
@@ -560,6 +538,34 @@ def saved_pack(
     packed = copy_run(partial(read_packed, tensors[key]), like_bytes, a=0, b=len(like_bytes),
                       device=device)
     return stored(packed, like).unsqueeze(1), state
+
+def frozen(
+    data:Tensor,      # [N/2/itemsize, 1] packed weights
+    like:Params4bit,  # the slot
+    state:QuantState, # the scales
+) -> Params4bit:
+    "Hold packed weights as bitsandbytes does."
+    return Params4bit(data, **like.__dict__ | {"quant_state": state, "bnb_quantized": True})
+
+# %% ../../nbs/model/03_loader.ipynb #04loader078
+def make_tensor(
+    module:nn.Module, name:str, # the slot
+    tensors:Tensors, key:str,   # the checkpoint, and the tensor's name in it
+    device,                     # where to put it
+) -> Tensor:                    # Params4bit, Parameter or buffer
+    "Read, cast, and where the slot is 4-bit quantize, one tensor."
+    like = getattr(module, name)
+    if is_packed(module, name):
+        if f"{key}.absmax" in tensors:
+            data, module.quant_state = saved_pack(tensors, key, like=like, device=device)
+        else:
+            data, module.quant_state = pack_matrix(reader(module, name, tensors=tensors, key=key),
+                                                   like, device)
+        return frozen(data, like, module.quant_state)
+    value = copy_run(reader(module, name, tensors=tensors, key=key), like, a=0, b=like.numel(),
+                     device=device).view(like.shape)
+    if not isinstance(like, nn.Parameter): return value
+    return nn.Parameter(value, value.is_floating_point())
 
 # %% ../../nbs/model/03_loader.ipynb #04loader089
 def quantization_config(
