@@ -787,6 +787,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'qlora_kit.model.lora._numbers': ('model/lora.html#_numbers', 'qlora_kit/model/lora.py'),
                                       'qlora_kit.model.lora._peft_quiet': ('model/lora.html#_peft_quiet', 'qlora_kit/model/lora.py'),
                                       'qlora_kit.model.lora._requantized': ('model/lora.html#_requantized', 'qlora_kit/model/lora.py'),
+                                      'qlora_kit.model.lora._targeted': ('model/lora.html#_targeted', 'qlora_kit/model/lora.py'),
                                       'qlora_kit.model.lora._wide': ('model/lora.html#_wide', 'qlora_kit/model/lora.py'),
                                       'qlora_kit.model.lora.adapter_settings': ( 'model/lora.html#adapter_settings',
                                                                                  'qlora_kit/model/lora.py'),
