@@ -182,7 +182,7 @@ def traffic(
     "Return what each rank receives per optimizer step."
     a, s = anatomy(setup), setup
     part, n = (s.ranks - 1)/s.ranks, sum(a.adapter)*a.itemsize
-    times = 2*s.accumulation if s.stage >= 2 else 1
+    times = 2*s.accumulation if s.stage == 2 else 1
     found = {"gradients": int(part*n*times), "updated adapter": int(part*n)}
     if not divided(s): return found
     each, ring = part*s.accumulation, gathered(s)[0]//layer_row(s)

@@ -486,7 +486,7 @@ def trained_bytes(
     if s.stage == 0 and W == 1:
         return {"adapter": 4*n, "gradients": 4*n, "optimizer": int(moments*n)}
     gradients = (a.itemsize if s.stage == 0 else 4)*n
-    if s.stage >= 2: gradients = -(-gradients//W)
+    if s.stage == 2: gradients = -(-gradients//W)
     optimizer = int((4 + moments)*n/(W if s.stage else 1))
     bucket = min(n, a.width**2)*a.itemsize
     return {"adapter": a.itemsize*n, "gradients": gradients + bucket, "optimizer": optimizer}

@@ -111,6 +111,7 @@ def set_data(self:FlatWeights,
     work=None, # with `wait`, if the bytes are still on their way
     ):
     "Say where all bytes are now."
+    self.arrive() # what was on its way has to end before its memory is used again
     self.data, self.work = data, work
     self.made = {} if made is None else made
 
@@ -126,7 +127,7 @@ FlatWeights.arrive = arrive
 class DiskShare:
     "A rank's share of a row, in a file that is gone when its process ends."
     device = torch.device("cpu")
-    reader = ThreadPoolExecutor(1)
+    reader, hands = ThreadPoolExecutor(1), ThreadPoolExecutor(4)
 
     def __init__(self, values:Tensor, folder:str|Path): # values: [part] uint8
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -149,9 +150,11 @@ class DiskShare:
 
     def _bytes(self):
         out = torch.empty(self.size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        view, place = memoryview(out.numpy()), 0
-        while place < self.size: # the system reads two gigabytes at most in one call
-            place += os.preadv(self.file.fileno(), [view[place:]], place)
+        view, piece = memoryview(out.numpy()), 2**22
+        def read(first):
+            last = min(first + piece, self.size)
+            while first < last: first += os.preadv(self.file.fileno(), [view[first:last]], first)
+        list(self.hands.map(read, range(0, self.size, piece)))
         return out
 
 # %% ../../nbs/model/05_flat.ipynb #flat023
@@ -192,11 +195,11 @@ def whole(self:FlatWeights):
         if not found: self.set_data(None)
 
 def assemble(self:FlatWeights,
-    group=None, # of processes; None: all
+    group=None, stream=None, # as for `gather`
     ):
     "Begin to assemble the row, in memory of its own."
     out = torch.empty(self.part*self.ranks, dtype=torch.uint8, device=self.device)
-    self.set_data(out, work=gather(self, out, group))
+    self.set_data(out, work=gather(self, out, group, stream))
 
 FlatWeights.whole, FlatWeights.assemble = whole, assemble
 

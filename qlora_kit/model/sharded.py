@@ -231,6 +231,7 @@ def _shrink(module, name):
         like = Params4bit(torch.empty(state.shape, device="meta"),
                           **value.__dict__ | {"quant_state": None})
     module._parameters[name] = like
+    if state is not None: module.quant_state = None # it would hold all scales
     return value.data, state
 
 def _fold(flat, slot, segments, value, state):

@@ -296,7 +296,7 @@ def trained_config(config:dict, # complete DeepSpeed config
     "Leave the frozen weights out of a config."
     zero = config["zero_optimization"]
     if zero["stage"] < 3: return config
-    zero = {key: value for key, value in zero.items() if key != "offload_param"} | {"stage": 2}
+    zero = {key: value for key, value in zero.items() if key != "offload_param"} | {"stage": 1}
     if zero.get("offload_optimizer", {}).get("device") == "nvme":
         zero["offload_optimizer"] = {"device": "cpu"} # DeepSpeed uses a disk at its own stage 3 only
         if say:

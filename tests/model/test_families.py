@@ -126,7 +126,7 @@ def test_what_cannot_be_streamed_is_left_to_transformers(families, name, args, c
 def test_ranks_that_would_each_read_a_share_are_refused(families, name):
     empty = skeleton(families(name), quantization_config("nf4", True, "uint8", torch.float32), torch.float32, "cpu")
     with pytest.raises(UserError, match="use deepspeed.stage 2 or lower"):
-        sharded.find_tensors(empty, Tensors(families(name)), 0, 2, "cpu")
+        sharded.find_tensors(empty, Tensors(families(name)), rank=0, ranks=2)
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w2.weight"

@@ -159,17 +159,17 @@ def train(cases, ranks=2): return start(TRAIN, json.dumps([[name, str(folder), *
 
 
 @pytest.mark.ranks
-def test_stage_three_is_stage_two_to_the_last_bit_on_every_level(llama_folder):
+def test_stage_three_is_stage_one_to_the_last_bit_on_every_level(llama_folder):
     """Losses, a greedy answer and the hash of the packed weights: the same bits are gathered, and sums keep their order. Beside them one process, whose sums
     have another order (1e-5)."""
     folder, L, S = llama_folder(layers=5, vocab=320), 5, 3
     share = dict(sharded=True)
-    cases = [["two", folder, 2, "none", 2, {}, {}], *[[level, folder, 3, level, 2, share, {}] for level in LEVELS],
+    cases = [["two", folder, 1, "none", 2, {}, {}], *[[level, folder, 3, level, 2, share, {}] for level in LEVELS],
              *[[f"{n} buffers", folder, 3, "none", n, share, {}] for n in (S, L, 9)],
              ["whole at first", folder, 3, "none", 2, {}, {}], ["host", folder, 3, "none", 2, share, dict(offload_param="cpu")],
              ["both", folder, 3, "none", 2, {}, dict(offload_param="cpu", offload_optimizer="cpu")],
              ["not reentrant", folder, 3, "none", 2, share, dict(checkpointing=False)], ["reentrant", folder, 3, "none", 2, share, dict(checkpointing=True)],
-             ["reentrant, two", folder, 2, "none", 2, {}, dict(checkpointing=True)]]
+             ["reentrant, two", folder, 1, "none", 2, {}, dict(checkpointing=True)]]
     said = train(cases)
     assert said["reentrant"]["losses"] == said["reentrant, two"]["losses"]  # a reentrant backward pass adds in an order of its own
     for name, *_ in cases[:-2]:
@@ -200,6 +200,6 @@ def test_families_and_updates_at_stage_three(tmp_path, ranks):
         for kind in kinds:
             for level in ("none", "layer") if kind in ({}, dict(quant_type="none")) else ("none",):
                 label = f"{name} {kind} {level}"
-                cases += [[f"{label} 2", tmp_path / name, 2, level, 2, kind, {}], [f"{label} 3", tmp_path / name, 3, level, 2, kind | dict(sharded=True), {}]]
+                cases += [[f"{label} 1", tmp_path / name, 1, level, 2, kind, {}], [f"{label} 3", tmp_path / name, 3, level, 2, kind | dict(sharded=True), {}]]
     said = train(cases, ranks)
-    for name in {name[:-2] for name, *_ in cases}: assert said[f"{name} 2"]["losses"] == said[f"{name} 3"]["losses"] and said[f"{name} 2"]["answer"] == said[f"{name} 3"]["answer"], name
+    for name in {name[:-2] for name, *_ in cases}: assert said[f"{name} 1"]["losses"] == said[f"{name} 3"]["losses"] and said[f"{name} 1"]["answer"] == said[f"{name} 3"]["answer"], name
