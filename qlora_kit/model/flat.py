@@ -199,7 +199,7 @@ def assemble(self:FlatWeights,
     ):
     "Begin to assemble the row, in memory of its own."
     out = torch.empty(self.part*self.ranks, dtype=torch.uint8, device=self.device)
-    self.set_data(out, work=gather(self, out, group, stream))
+    self.set_data(out, work=gather(self, out, group=group, stream=stream))
 
 FlatWeights.whole, FlatWeights.assemble = whole, assemble
 
