@@ -16,12 +16,10 @@ from html import escape
 import torch
 from torch import Tensor
 
-from ..data.files import UserError
-from ..data.files import need_widgets, show_or_widget
+from ..data.files import UserError, need_widgets, show_or_widget
 from .nf4 import (
     block_sizes, check_finite, check_input, double_quantize, nearest, nf4_codebook, scale_blocks,
     spread_blocks, undo_double_quantize)
-from ..data.files import Html
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer009
 def codebook_of(
@@ -40,10 +38,11 @@ def codebook_of(
 def round_blocks(
     x:Tensor, # [N] fp32, all finite
     levels:Tensor, # [K] fp32, ascending from -1 to 1
+    *,
     block_size:int=64, # weights that share a scale
     double_quant:bool=False, # scales through 8 bits
-)->tuple[Tensor,Tensor,Tensor]: # [N] fp32 in -1..1, each weight over the largest of its block; [N] uint8 codes; [N] fp32 rebuilt weights
-    "Round every weight to the nearest level of its block and back."
+)->tuple[Tensor,Tensor,Tensor]: # [N] each: fp32 in -1..1, uint8 codes, fp32 rebuilt weights
+    "Divide each weight by the largest of its block, round to the nearest level, scale back."
     check_input(x, block_size)
     scaled, scale = scale_blocks(x, block_size)
     check_finite(x, scale)
@@ -51,50 +50,50 @@ def round_blocks(
     codes = nearest(scaled, levels)
     return scaled, codes, levels[codes.int()] * spread_blocks(scale, block_size, len(x))
 
+# %% ../../nbs/model/04_explorer.ipynb #03bexplorer012c
 def rebuild(
     x:Tensor, # any shape, N weights
     levels:Tensor, # [K] fp32, ascending from -1 to 1
-    block_size:int=64, # weights that share a scale
-    double_quant:bool=False, # scales through 8 bits
+    **settings, # block_size and double_quant, as for `round_blocks`
 )->Tensor: # fp32, of x's shape
-    "What is left of a matrix."
-    return round_blocks(x.detach().reshape(-1).float(), levels, block_size=block_size,
-                        double_quant=double_quant)[2].reshape(x.shape)
+    "Quantize a matrix and rebuild it."
+    return round_blocks(x.detach().reshape(-1).float(), levels, **settings)[2].reshape(x.shape)
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer018
 def bits_per_weight(
     n:int, # N, weights of the matrix
     block_size:int=64, # weights that share a scale
     double_quant:bool=True, # scales in 8 bits
-)->float:
-    "What bitsandbytes stores for a matrix, in bits, shared among its weights."
+)->float: # bits
+    "Return what bitsandbytes stores for a matrix, shared among its weights."
     scales = -(-n // block_size)
-    size = -(-n // 2) + (scales + 4*-(-scales // 256) + 4 if double_quant else 4*scales)
-    return 8*size / n
+    scale_bytes = scales + 4*-(-scales // 256) + 4 if double_quant else 4*scales
+    return 8*(-(-n // 2) + scale_bytes) / n
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer021
-EVERY = 4096 # one outlier in so many weights
-
 @dataclass(repr=False)
 class Exploration:
-    "What one choice of settings does to a matrix."
-    error:float # root mean square of (rebuilt − weight) over that of the weights, outliers left out
-    largest:float # largest |rebuilt − weight|, in root mean squares of the weights, outliers left out
+    "What one choice of settings does to a matrix; errors leave the outliers out."
+    error:float # root mean square of (rebuilt − weight) over that of the weights
+    largest:float # largest |rebuilt − weight|, in root mean squares of the weights
     bits:float # a weight
     settings:str # in words
     levels:list[float] = field(default_factory=list) # [K] ascending from -1 to 1
     used:list[float] = field(default_factory=list) # [K] share of the weights that take each level
-    shares:list[float] = field(default_factory=list) # share of the weights in each of equal bins from -1 to 1
+    # share of the weights in each of equal bins from -1 to 1
+    shares:list[float] = field(default_factory=list)
 
     def numbers(self)->dict[str,str]:
         "The three numbers, in words."
         return {"error": f"{self.error:.2%}", "largest error": f"{self.largest:.2f} × RMS",
-            "bits a weight": f"{self.bits:.3f}"}
+                "bits a weight": f"{self.bits:.3f}"}
     def __repr__(self)->str:
-        return f"{self.settings}: " + ", ".join(f"{name} {value}"
-                                                for name, value in self.numbers().items())
+        numbers = [f"{name} {value}" for name, value in self.numbers().items()]
+        return f"{self.settings}: {', '.join(numbers)}"
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer022
+EVERY = 4096 # one outlier in so many weights
+
 def with_outliers(
     x:Tensor, # [N] fp32
     k:float, # how far out, in root mean squares of x; 0: nowhere
@@ -104,20 +103,29 @@ def with_outliers(
         raise UserError(f"outlier={k}; allowed are 0 (none) and positive numbers of standard "
                         "deviations. Try 20.")
     x, rest = x.clone(), torch.ones(len(x), dtype=torch.bool)
-    if k: x[::EVERY], rest[::EVERY] = k*x.square().mean().sqrt(), False
+    if k:
+        x[::EVERY] = k*x.square().mean().sqrt()
+        rest[::EVERY] = False
     return x, rest
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer024
+def _errors(x, rebuilt):
+    "The root mean square and the largest of the errors, both over the root mean square of x."
+    off = rebuilt - x
+    size = x.double().square().mean().sqrt().clamp(min=1e-38)
+    return (off.double().square().mean().sqrt()/size).item(), (off.abs().max()/size).item()
+
+# %% ../../nbs/model/04_explorer.ipynb #03bexplorer024a
 def explore(
     weight:Tensor, # any shape, N weights in float32, bfloat16 or float16, all finite
     block_size:int=64, # weights that share a scale: 32, 64, ... 4096
     quant_type:str="nf4", # int4, fp4 or nf4
     *,
     double_quant:bool=True, # scales in 8 bits
-    outlier:float=0.0, # how far one weight in every 4096 is moved out, in root mean squares of the matrix; 0: not at all
+    outlier:float=0.0, # how far outliers are moved, in root mean squares of the matrix
     bins:int=81, # of the histogram; odd, so that one has zero in its middle
 )->Exploration:
-    "Quantize a matrix one way and say what is lost and what it costs."
+    "Quantize a matrix one way; measure what is lost and what a weight costs."
     check_input(weight, block_size)
     if not weight.numel():
         raise UserError("weight: received a tensor without weights; give a matrix of the model")
@@ -125,67 +133,77 @@ def explore(
     x, rest = with_outliers(weight.detach().reshape(-1).float(), outlier)
     scaled, codes, rebuilt = round_blocks(x, levels, block_size=block_size,
                                           double_quant=double_quant)
-    off, size = (rebuilt - x)[rest], x[rest].double().square().mean().sqrt().clamp(min=1e-38)
+    words = f"{quant_type}, blocks of {block_size}, scales in {8 if double_quant else 32} bits"
+    if outlier: words += f", outliers at {outlier:g} σ"
     used = torch.bincount(codes.int(), minlength=len(levels)) / len(x)
-    words = f"{quant_type}, blocks of {block_size}, scales in {8 if double_quant else 32} bits" + (
-        f", outliers at {outlier:g} σ" if outlier else "")
-    return Exploration((off.double().square().mean().sqrt()/size).item(),
-                       (off.abs().max()/size).item(),
-                       bits=bits_per_weight(len(x), block_size, double_quant), settings=words,
-                       levels=levels.tolist(), used=used.tolist(),
+    return Exploration(*_errors(x[rest], rebuilt[rest]),
+                       bits=bits_per_weight(len(x), block_size, double_quant),
+                       settings=words, levels=levels.tolist(), used=used.tolist(),
                        shares=(torch.histc(scaled, bins, -1, 1) / len(x)).tolist())
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer031
 _X = lambda v: 360 + 330*v
 
+def _bars(shares):
+    "The histogram of the weights, upwards."
+    up, step = max(shares), 660/len(shares)
+    return "".join(f'<rect x="{30 + i*step:.1f}" y="{170 - 150*s/up:.1f}" width="{step-1:.1f}" '
+                   f'height="{150*s/up:.1f}"/>' for i, s in enumerate(shares) if s)
+
+def _marks(levels, used):
+    "A triangle for each level, and its use downwards."
+    return "".join(f'<path d="M{_X(v):.1f} 172l-4 8h8z"/><rect x="{_X(v)-3:.1f}" y="180" '
+                   f'width="6" height="{60*u/max(used):.1f}"/>' for v, u in zip(levels, used))
+
+def _text(words, anchor="start", *, x, y):
+    return f'<text x="{x:.0f}" y="{y}" text-anchor="{anchor}">{words}</text>'
+
+# %% ../../nbs/model/04_explorer.ipynb #03bexplorer031a
 def _svg(e:Exploration)->str:
     "Histogram of the weights, upwards; levels and their use, downwards."
-    up, down, step = max(e.shares), max(e.used), 660/len(e.shares)
-    bars = "".join(f'<rect x="{30 + i*step:.1f}" y="{170 - 150*s/up:.1f}" width="{step-1:.1f}" '
-                   f'height="{150*s/up:.1f}"/>' for i, s in enumerate(e.shares) if s)
-    marks = "".join(f'<path d="M{_X(v):.1f} 172l-4 8h8z"/><rect x="{_X(v)-3:.1f}" y="180" '
-                    f'width="6" height="{60*u/down:.1f}"/>' for v, u in zip(e.levels, e.used))
     lines = "".join(f'<path d="M{_X(v):.1f} 20V170"/>' for v in e.levels)
-    ticks = "".join(f'<text x="{_X(v):.0f}" y="262" text-anchor="middle">{v:g}</text>'
-                    for v in (-1, -.5, 0, .5, 1))
-    said = f"Histogram of the weights of a matrix, each divided by the largest of its block, with the {len(e.levels)} levels below it; {e!r}"
-    return ('<svg viewBox="0 0 720 285" style="width:100%;max-width:720px;font:12px sans-serif;" '
-            f'role="img" aria-label="{escape(said)}" fill="currentColor">'
-            f'<g opacity=".45">{bars}</g><g stroke="#d55e00" stroke-width="1" stroke-dasharray="2 '
-            f'3" opacity=".8">{lines}</g><g fill="#d55e00">{marks}</g><path d="M30 170.5H690" '
-            f'stroke="currentColor"/>{ticks}'
-            f'<text x="30" y="14">weights; the tallest bar holds {up:.1%}</text><text x="690" '
-            f'y="240" text-anchor="end">▲ levels; the most used takes {down:.0%}</text>'
-            f'<text x="360" y="280" text-anchor="middle">weight / largest of its block</text></svg>')
+    ticks = "".join(_text(f"{v:g}", "middle", x=_X(v), y=262) for v in (-1, -.5, 0, .5, 1))
+    said = ("Histogram of the weights of a matrix, each divided by the largest of its block, "
+            f"with the {len(e.levels)} levels below it; {e!r}")
+    return "".join([
+        '<svg viewBox="0 0 720 285" style="width:100%;max-width:720px;font:12px sans-serif;" '
+        f'role="img" aria-label="{escape(said)}" fill="currentColor">',
+        f'<g opacity=".45">{_bars(e.shares)}</g>',
+        f'<g stroke="#d55e00" stroke-width="1" stroke-dasharray="2 3" opacity=".8">{lines}</g>',
+        f'<g fill="#d55e00">{_marks(e.levels, e.used)}</g>',
+        f'<path d="M30 170.5H690" stroke="currentColor"/>{ticks}',
+        _text(f"weights; the tallest bar holds {max(e.shares):.1%}", x=30, y=14),
+        _text(f"▲ levels; the most used takes {max(e.used):.0%}", "end", x=690, y=240),
+        _text("weight / largest of its block", "middle", x=360, y=280), "</svg>"])
 
-# %% ../../nbs/model/04_explorer.ipynb #03bexplorer033
 def _exploration_html(self:Exploration)->str:
     box = 'style="display:inline-block;margin:4px 28px 4px 0;"'
     numbers = "".join(f'<div {box}>{name}<br><b style="font-size:170%;">{value}</b></div>'
                       for name, value in self.numbers().items())
-    return f'<div style="line-height:1.4;"><div style="font-size:90%;">{escape(self.settings)}</div>{numbers}<br>{_svg(self)}</div>'
+    words = f'<div style="font-size:90%;">{escape(self.settings)}</div>'
+    return f'<div style="line-height:1.4;">{words}{numbers}<br>{_svg(self)}</div>'
 Exploration._repr_html_ = _exploration_html
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer036
+def _shape(x): return x.get_shape() if hasattr(x, "get_shape") else x.shape
+
 def matrices(
     weights:Mapping, # name → tensor, or what gives one when it is sliced
 )->list[str]: # names, layer 2 before layer 10
-    "The two-dimensional tensors among `weights`."
-    def shape(x): return x.get_shape() if hasattr(x, "get_shape") else x.shape
-    names = [name for name in weights if len(shape(weights[name])) == 2]
+    "Name the two-dimensional tensors among `weights`."
+    names = [name for name in weights if len(_shape(weights[name])) == 2]
     if not names:
         raise UserError("weights: received no matrix; give a mapping of names to tensors, e.g. "
                         "model.state_dict() or Tensors(resolve_base(name))")
-    return sorted(names, key=lambda name: [int(p) if p.isdigit() else p
-                                           for p in re.split(r"(\d+)", name)])
+    number_or_word = lambda part: int(part) if part.isdigit() else part
+    return sorted(names, key=lambda name: [*map(number_or_word, re.split(r"(\d+)", name))])
 
 def first_rows(
     x, # [D_out, D_in] tensor, or what gives one when it is sliced
     limit:int=2**20, # most weights, if that is a row or more
 )->Tensor: # [D_out or fewer, D_in]
-    "A matrix, or as many of its rows as are quickly quantized."
-    width = (x.get_shape() if hasattr(x, "get_shape") else x.shape)[1]
-    return x[:max(1, limit // width)]
+    "Read a matrix, or as many of its rows as are quickly quantized."
+    return x[:max(1, limit // _shape(x)[1])]
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer039
 @dataclass(repr=False)
@@ -195,7 +213,8 @@ class Explorer:
     layer:str # the first one shown
 
     def __post_init__(self):
-        self.names, self.read = matrices(self.weights), lru_cache(4)(lambda name: first_rows(self.weights[name]))
+        self.names = matrices(self.weights)
+        self.read = lru_cache(4)(lambda name: first_rows(self.weights[name]))
     def show(self, layer:str, **settings)->Exploration: # settings as for `explore`
         "One matrix, quantized one way."
         x = self.read(layer)
@@ -210,7 +229,7 @@ class Explorer:
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer040
 def explore_layers(
     weights:Mapping, # name → tensor: a state_dict, or the loader's `Tensors`
-    layer:str|None=None, # the matrix to begin with; None: the second, as the first is mostly an embedding
+    layer:str|None=None, # shown first; None: the second matrix, as the first embeds tokens
 )->Explorer: # shown by a notebook as a widget
     "Look at the matrices of a model through the levels of a 4-bit type."
     names = matrices(weights)
@@ -221,24 +240,26 @@ def explore_layers(
     return Explorer(weights, layer)
 
 # %% ../../nbs/model/04_explorer.ipynb #03bexplorer044
+def _controls(w, explorer):
+    "{setting of `Explorer.show`: its control}, of the ipywidgets module w."
+    wide = dict(style={"description_width": "110px"}, layout={"width": "520px"})
+    boxed = dict(indent=True, description="double quantization: scales in 8 bits", **wide)
+    return dict(
+        layer=w.Dropdown(options=explorer.names, value=explorer.layer, description="layer", **wide),
+        quant_type=w.ToggleButtons(options=["int4", "fp4", "nf4"], value="nf4",
+                                   style={"button_width": "80px"}),
+        block_size=w.SelectionSlider(options=block_sizes, value=64, description="block size",
+                                     **wide),
+        double_quant=w.Checkbox(value=True, **boxed),
+        outlier=w.IntSlider(value=0, max=64, description="outlier, σ", **wide))
+
 def _explorer_widget(self:Explorer):
     "A new widget; `UserError` without ipywidgets."
     w = need_widgets()
-    wide = dict(style={"description_width": "110px"}, layout={"width": "520px"})
-    controls = dict(layer=w.Dropdown(options=self.names, value=self.layer, description="layer",
-                                     **wide),
-        quant_type=w.ToggleButtons(options=["int4", "fp4", "nf4"], value="nf4", style={
-            "button_width": "80px"}),
-        block_size=w.SelectionSlider(options=block_sizes, value=64, description="block size",
-                                     **wide),
-        double_quant=w.Checkbox(value=True, description="double quantization: scales in 8 bits",
-                                indent=True, **wide),
-        outlier=w.IntSlider(value=0, max=64, description="outlier, σ", **wide))
-    page = w.HTML()
+    controls, page = _controls(w, self), w.HTML()
     def draw(*_):
-        try:
-            page.value = self.show(**{name: control.value
-                                      for name, control in controls.items()})._repr_html_()
+        settings = {name: control.value for name, control in controls.items()}
+        try: page.value = self.show(**settings)._repr_html_()
         except UserError as e: page.value = f"<p>⚠ {escape(str(e))}</p>"
     for control in controls.values(): control.observe(draw, "value")
     draw()

@@ -30,7 +30,7 @@ def theirs(x, size, kind, double):
 def test_equal_to_bitsandbytes(size, kind, double):
     for x in (torch.randn(96, 192) * 0.02, torch.randn(63, 66), torch.randn(128, 128).bfloat16()):
         rebuilt, stored = theirs(x, size, kind, double)
-        assert torch.equal(rebuild(x, codebook_of(kind), size, double), rebuilt)
+        assert torch.equal(rebuild(x, codebook_of(kind), block_size=size, double_quant=double), rebuilt)
         found, y = explore(x, size, kind, double_quant=double), x.double()
         assert found.bits == pytest.approx(8 * stored / x.numel()) == bits_per_weight(x.numel(), size, double)
         assert found.error == pytest.approx(((rebuilt - y).norm() / y.norm()).item(), rel=1e-5)
@@ -41,7 +41,7 @@ def test_int4_is_rounding_to_fifteen_even_steps():
     x = torch.randn(64 * 40)
     scale = x.view(-1, 64).abs().amax(1, keepdim=True)
     plain = ((x.view(-1, 64) / scale * 7).round() / 7 * scale).flatten()
-    torch.testing.assert_close(rebuild(x, codebook_of("int4"), 64), plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(rebuild(x, codebook_of("int4")), plain, atol=1e-6, rtol=1e-6)
     assert len(codebook_of("int4")) == len(codebook_of("fp4")) == 15 and len(codebook_of("nf4")) == 16
 
 
@@ -61,7 +61,7 @@ def test_outliers_are_left_out_of_the_error_and_the_weights_are_left_alone():
     errors = {size: explore(x, size, outlier=20).error for size in (32, 64, 4096)}
     assert errors[32] < errors[64] < errors[4096] and explore(x, 64).error < errors[64] and torch.equal(x, before)
     y = x.clone(); y[::4096] = moved[::4096]
-    rebuilt = rebuild(y, codebook_of("nf4"), 64, True)
+    rebuilt = rebuild(y, codebook_of("nf4"), double_quant=True)
     assert errors[64] == pytest.approx(((rebuilt - y)[rest].norm() / y[rest].norm()).item(), rel=1e-5)
 
 
