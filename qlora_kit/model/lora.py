@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'BASE_CHANGING', 'VARIANTS', 'RECORD', 'linear_names', 'check_targets', 'check_pattern', 'check_init',
-           'add_lora', 'lora_parameters', 'principal', 'split_base', 'residual_base', 'trainable_table',
-           'recompute_layers', 'base_form', 'save_adapter', 'read_object', 'adapter_settings', 'adapter_tensors',
-           'Adapter', 'pattern_value', 'check_adapter', 'base_hash', 'load_adapter', 'combine_adapters']
+           'add_lora', 'lora_parameters', 'trainable_table', 'recompute_layers', 'base_form', 'save_adapter',
+           'read_object', 'adapter_settings', 'adapter_tensors', 'Adapter', 'pattern_value', 'check_adapter',
+           'base_hash', 'load_adapter', 'principal', 'split_base', 'residual_base', 'combine_adapters']
 
 # %% ../../nbs/model/07_lora.ipynb #05lora002
 import copy
@@ -66,8 +66,7 @@ def check_targets(
                         f'Allowed: {", ".join(names)}, or "all-linear" for all of them; the output '
                         'head stays frozen.')
     if not wanted:
-        raise UserError('target_modules: received an empty list; name a linear layer, or write '
-                        '"all-linear"')
+        raise UserError('target_modules: received an empty list; name a linear layer, or write "all-linear"')
     return wanted
 
 # %% ../../nbs/model/07_lora.ipynb #05lora026
@@ -121,8 +120,7 @@ VARIANTS = {"lora": {}, "rslora": dict(use_rslora=True), "dora": dict(use_dora=T
 def _check_lora(model, r, *, alpha, dropout, variant, init):
     "`UserError` for a setting out of range, or for a second update."
     if isinstance(model, PeftModel):
-        raise UserError("this model carries LoRA already; load the base anew, or continue with "
-                        "what it has")
+        raise UserError("this model carries LoRA already; load the base anew, or continue with what it has")
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise UserError(f"lora_r: received {r!r}; allowed are whole numbers from 1; try 16")
     if not alpha > 0:
@@ -131,8 +129,7 @@ def _check_lora(model, r, *, alpha, dropout, variant, init):
         raise UserError(f"lora_dropout: received {dropout!r}; allowed are numbers from 0 to below "
                         "1; try 0.05")
     if variant not in VARIANTS:
-        raise UserError(f"lora_variant: received {variant!r}; allowed are {', '.join(VARIANTS)}; "
-                        "try lora")
+        raise UserError(f"lora_variant: received {variant!r}; allowed are {', '.join(VARIANTS)}; try lora")
     check_init(init)
 
 # %% ../../nbs/model/07_lora.ipynb #05lora036
@@ -192,92 +189,6 @@ def lora_parameters(
     mine = tuple(f".lora_{x}.{name}.weight" for x in ("A", "B", "magnitude_vector"))
     return {name: p for name, p in model.named_parameters() if name.endswith(mine)}
 
-# %% ../../nbs/model/07_lora.ipynb #05lora082
-def principal(
-    W:Tensor, # [out, in] fp32
-    r:int, # rank
-    scale:float, # α/r, or α/√r
-    niter:int|None=None, # None: exact; else the randomised form, with so many iterations: much faster for wide layers
-)->tuple[Tensor,Tensor]: # A [r, in] and B [out, r] such that scale·B·A is the best approximation of W of rank r
-    "PiSSA's start (arXiv 2404.02948, equations 2 and 3)."
-    if niter is None: U, S, V = torch.linalg.svd(W, full_matrices=False)
-    else:
-        U, S, V = torch.svd_lowrank(W, q=min(2*r + 8, *W.shape), niter=niter)
-        V = V.T
-    root = (S[:r]/scale).sqrt()
-    return root[:, None]*V[:r], U[:, :r]*root
-
-# %% ../../nbs/model/07_lora.ipynb #05lora084
-def _wide(model, name, tensors):
-    "The weight of a linear [out, in] in fp32, from the checkpoint."
-    keys, module = (f"{name}.weight",
-                    f"{name}.weight".removeprefix(f"{model.base_model_prefix}.")), model.get_submodule(name)
-    W = next((tensors.whole(k) for k in keys if k in tensors), torch.empty(0))
-    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D): W = W.T.contiguous()
-    if W.shape == (module.out_features, module.in_features): return W.float()
-    raise UserError(f"{name}: the checkpoint has no plain weight of shape "
-                    f"{[module.out_features, module.in_features]}; use one in 16 or 32 bits")
-
-def _requantized(old, W, module):
-    "The packed form of W, with the settings and on the device of `old`."
-    kept = {k: getattr(old, k) for k in ("quant_type", "compress_statistics", "quant_storage",
-        "blocksize")}
-    return Params4bit(W.to(old.quant_state.dtype).cpu(), requires_grad=False, module=module,
-                      **kept).to(old.device)
-
-# %% ../../nbs/model/07_lora.ipynb #05lora085
-def split_base(
-    model:nn.Module, # 4-bit causal LM from `load_model(folder)`, without LoRA; changed in place: its linears keep the rest
-    folder:Path, # the checkpoint it came from, in 16 or 32 bits
-    r:int, *, scale:float, # as for `principal`
-    targets:list[str], # from `check_targets`
-    niter:int|None=None, # as for `principal`
-)->dict[str,tuple[Tensor,Tensor]]: # full name of a layer -> A, B
-    "Take the principal directions out of every target; one weight at a time is held in its wide form."
-    tensors, taken = Tensors(Path(folder)), {}
-    for name in (full for short, group in linear_names(model).items() for full in group
-                 if short in targets or full in targets):
-        module = model.get_submodule(name)
-        if not isinstance(module, Linear4bit):
-            raise UserError(f"{name} is not in 4 bits; use quant_type nf4 or fp4, or PEFT's own "
-                            "init_lora_weights='pissa' for a plain base")
-        W = _wide(model, name, tensors).to(module.weight.device)
-        A, B = taken[name] = principal(W, r, scale=scale, niter=niter)
-        module.weight = _requantized(module.weight, W - scale * B @ A, module)
-        module.quant_state = module.weight.quant_state
-    return taken
-
-# %% ../../nbs/model/07_lora.ipynb #05lora087
-def residual_base(
-    folder:str|Path, # a checkpoint in 16 or 32 bits, from `resolve_base`
-    out:str|Path, # receives `base` and `adapter`; must not exist
-    r:int=16, *, alpha:float=32, target_modules:str|list[str]="all-linear", # as for `add_lora`
-    seed:int=0, niter:int|None=None, # as for `principal`
-    **loading, # for `load_model`: quant_type, double_quant, quant_storage, dtype, device
-)->Path: # `out`
-    "PiSSA for a 4-bit base: the quantized rest as a base of its own, and the adapter that belongs to it (arXiv 2404.02948, QPiSSA)."
-    out, part = Path(out).absolute(), Path(out).absolute().with_name(f".{Path(out).name}.part")
-    if out.exists():
-        raise UserError(f"{out} exists; name a folder that does not, or remove this one")
-    shutil.rmtree(part, ignore_errors=True)
-    model, tokenizer = load_model(folder, **loading), load_tokenizer(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        taken = split_base(model, folder, r=r, scale=alpha/r,
-                           targets=check_targets(model, target_modules), niter=niter)
-    with _quiet():
-        model.save_pretrained(part/"base")
-        tokenizer.save_pretrained(part/"base")
-    tuned = add_lora(model, r, alpha=alpha, target_modules=target_modules, seed=seed)
-    with torch.no_grad():
-        for name, (A, B) in taken.items():
-            layer = tuned.get_submodule(f"base_model.model.{name}")
-            layer.lora_A["default"].weight.copy_(A)
-            layer.lora_B["default"].weight.copy_(B)
-    tuned.base_hash = packed_hash(model)
-    save_adapter(tuned, tokenizer, folder=part/"adapter", base_model=str(out/"base"))
-    return put_in_place(part, out)
-
 # %% ../../nbs/model/07_lora.ipynb #05lora091
 def _numbers(p):
     "How many numbers a parameter holds, and its bytes; for a packed weight with its scales."
@@ -288,68 +199,41 @@ def _numbers(p):
 
 def _kind(name):
     "The layer a parameter belongs to: model.layers.0.self_attn.q_proj.lora_A.default.weight -> q_proj."
-    parts = [x for x in name.split(".lora_")[0].split(".") if x not in ("weight", "bias",
-        "base_layer")]
-    return parts[-1]
+    parts = name.split(".lora_")[0].split(".")
+    return [x for x in parts if x not in ("weight", "bias", "base_layer")][-1]
 
 # %% ../../nbs/model/07_lora.ipynb #05lora092
 def trainable_table(
     model:nn.Module, # any model; tied weights count once
-) -> pd.DataFrame: # one line per kind of layer and a total: numbers frozen and trained, share trained in percent, MB (2**20 bytes)
-    "What is frozen, what is trained, and the bytes of each."
+) -> pd.DataFrame: # a line per kind of layer and a total; share in percent, MB of 2**20 bytes
+    "Count what is frozen and what is trained, in numbers and in bytes."
     rows = {}
+    empty = dict(layers=0, shape="", frozen=0, trained=0, share=0., frozen_MB=0., trained_MB=0.)
     for name, p in model.named_parameters():
         n, size = _numbers(p)
-        row = rows.setdefault(_kind(name),
-                              dict(layers=0, shape="", frozen=0, trained=0, share=0., frozen_MB=0.,
-                                   trained_MB=0.))
+        row = rows.setdefault(_kind(name), dict(empty))
         if name.endswith("weight") and ".lora_" not in name:
             shape = p.quant_state.shape if isinstance(p, Params4bit) else p.shape
-            row["layers"], row["shape"] = row["layers"] + 1, " × ".join(map(str, shape))
+            row["layers"] += 1
+            row["shape"] = " × ".join(map(str, shape))
         column = "trained" if p.requires_grad else "frozen"
-        row[column], row[f"{column}_MB"] = row[column] + n, row[f"{column}_MB"] + size/2**20
+        row[column] += n
+        row[f"{column}_MB"] += size/2**20
     table = pd.DataFrame(rows).T.rename_axis("kind")
     table.loc["total"] = table.drop(columns="shape").sum()
     table["share"] = 100*table.trained/(table.trained + table.frozen)
-    return table.fillna("").astype(dict(layers=int, frozen=int, trained=int, share=float,
-                                        frozen_MB=float, trained_MB=float)).round(2)
+    kinds = {name: type(value) for name, value in empty.items() if name != "shape"}
+    return table.fillna("").astype(kinds).round(2)
 
 # %% ../../nbs/model/07_lora.ipynb #05lora100
 def recompute_layers(
     model:nn.Module, # transformers causal LM, with or without LoRA; changed in place
     reentrant:bool=False, # the older form of checkpointing, for comparison
 ):
-    "Switch gradient checkpointing on: each decoder layer keeps its input and is computed again in the backward pass."
-    enable = getattr(model, "activation_checkpointing_enable",
-                     None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": reentrant})
+    "Switch gradient checkpointing on: each layer keeps its input and computes again in the backward pass."
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
     if not reentrant: model.disable_input_require_grads()
-
-# %% ../../nbs/model/07_lora.ipynb #05lora107
-def _adapter_tensors(model, state, adapter):
-    "What goes into adapter_model.safetensors; `ValueError` for a missing name or an empty shell."
-    own = lora_parameters(model, adapter)
-    state = own if state is None else state
-    missing = own.keys() - state.keys()
-    if missing:
-        raise ValueError(f"state lacks {len(missing)} of the adapter's tensors, {min(missing)} "
-                         "among them; pass what `engine.gather()` returns")
-    empty = [name for name, t in state.items() if t.numel() == 0]
-    if empty:
-        raise ValueError(f"{empty[0]} has shape {list(state[empty[0]].shape)}: it is spread over "
-                         "ranks; pass state=engine.gather()")
-    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter,
-                                        save_embedding_layers=False)
-    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-
-# %% ../../nbs/model/07_lora.ipynb #05lora108
-def _adapter_config(model, base_model, revision, adapter):
-    "The adapter's settings as they go to disk, in an order that does not change from run to run."
-    settings = copy.copy(model.peft_config[adapter])
-    settings.base_model_name_or_path, settings.revision, settings.inference_mode = str(base_model), revision, True
-    if isinstance(settings.target_modules, set):
-        settings.target_modules = sorted(settings.target_modules)
-    return settings
 
 # %% ../../nbs/model/07_lora.ipynb #05lora108b
 RECORD = "qlora_kit.json"
@@ -366,6 +250,33 @@ def base_form(
         return form | {"quant_type": weight.quant_type, "double_quant": weight.compress_statistics}
     return form | {"quant_type": quantizer.quant_method.value} if quantizer else form
 
+# %% ../../nbs/model/07_lora.ipynb #05lora107
+def _tensors_to_save(model, state, adapter):
+    "What goes into adapter_model.safetensors; `ValueError` for a missing name or an empty shell."
+    own = lora_parameters(model, adapter)
+    state = own if state is None else state
+    missing = own.keys() - state.keys()
+    if missing:
+        raise ValueError(f"state lacks {len(missing)} of the adapter's tensors, {min(missing)} "
+                         "among them; pass what `engine.gather()` returns")
+    empty = [name for name, t in state.items() if t.numel() == 0]
+    if empty:
+        raise ValueError(f"{empty[0]} has shape {list(state[empty[0]].shape)}: it is sharded over "
+                         "ranks; pass state=engine.gather()")
+    tensors = get_peft_model_state_dict(model, state_dict=state, adapter_name=adapter,
+                                        save_embedding_layers=False)
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+
+def _settings_to_save(model, base_model, revision, adapter):
+    "The adapter's settings, in an order that does not change from run to run."
+    settings = copy.copy(model.peft_config[adapter])
+    settings.base_model_name_or_path = str(base_model)
+    settings.revision = revision
+    settings.inference_mode = True
+    if isinstance(settings.target_modules, set):
+        settings.target_modules = sorted(settings.target_modules)
+    return settings
+
 # %% ../../nbs/model/07_lora.ipynb #05lora110
 def save_adapter(
     model:PeftModel, # from `add_lora` or `load_adapter`
@@ -374,21 +285,22 @@ def save_adapter(
     *,
     base_model:str, # what the adapter belongs to, as the user named it
     revision:str|None=None, # commit or tag of a hub id
-    state:dict[str,Tensor]|None=None, # full tensors by the names of `lora_parameters`; None takes the model's own
+    state:dict[str,Tensor]|None=None, # by the names of `lora_parameters`; None: the model's own
     adapter:str="default", # which of several
-    record:dict|None=None, # what else its next user should know: base_model, system_prompt, max_length, loss_on
+    record:dict|None=None, # what else its next user should know, as system_prompt or max_length
 ) -> Path: # the folder
-    "Write a plain PEFT adapter, whole or not at all. `ValueError` if `state` is incomplete or tensors are spread over ranks."
+    "Write a PEFT adapter, whole or not at all. `ValueError` if `state` is incomplete or sharded."
     folder = Path(folder).absolute()
     new = folder.with_name(f".{folder.name}.new")
-    tensors = _adapter_tensors(model, state, adapter)
+    tensors = _tensors_to_save(model, state, adapter)
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     save_file(tensors, new/"adapter_model.safetensors", metadata={"format": "pt"})
-    _adapter_config(model, base_model, revision=revision, adapter=adapter).save_pretrained(new)
+    settings = _settings_to_save(model, base_model, revision=revision, adapter=adapter)
+    settings.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    (new/RECORD).write_text(json.dumps(base_form(model) | (record or {}), indent=2,
-                                       ensure_ascii=False), encoding="utf-8")
+    known = json.dumps(base_form(model) | (record or {}), indent=2, ensure_ascii=False)
+    (new/RECORD).write_text(known, encoding="utf-8")
     if getattr(model, "base_hash", None):
         (new/"base.json").write_text(json.dumps({"packed_sha256": model.base_hash}))
     return put_in_place(new, folder)
@@ -402,31 +314,33 @@ def read_object(
     except ValueError as e:
         raise UserError(f"{file} is damaged ({e}); copy it again from where it came from") from None
     if isinstance(said, dict): return said
-    raise UserError(f"{file} holds a {type(said).__name__}; expected a JSON object, as PEFT writes "
-                    "it")
+    raise UserError(f"{file} holds a {type(said).__name__}; expected a JSON object, as PEFT writes it")
 
-def _check_scales(config, file):
-    "`UserError` for ranks and alphas that make no scale."
-    for name, whole, pattern in (("r", config.r, config.rank_pattern),
-                                 ("lora_alpha", config.lora_alpha, config.alpha_pattern)):
-        if not isinstance(pattern, dict):
-            raise UserError(f"{file}: the pattern of {name} is {pattern!r}; expected names of "
-                            "layers with their own values")
-        for key, value in {"": whole, **pattern}.items():
-            right = type(value) is int and value > 0 if name == "r" else type(value) in (int, float) and isfinite(value)
-            if not right:
-                raise UserError(f"{file}: {name} {f'of {key} ' if key else ''}is {value!r}; "
-                                "allowed are "
-                                f"{'whole numbers from 1' if name == 'r' else 'finite numbers'}")
-            try: re.compile(key)
-            except re.error as e:
-                raise UserError(f"{file}: {key!r} in the pattern of {name} is no regular "
-                                f"expression ({e}); mend it") from None
+def _check_scale(key, value, name, file):
+    "`UserError` for a rank or an alpha, of all layers or of those that fit `key`, that makes no scale."
+    if name == "r": right = type(value) is int and value > 0
+    else: right = type(value) in (int, float) and isfinite(value)
+    if not right:
+        allowed = "whole numbers from 1" if name == "r" else "finite numbers"
+        place = f"of {key} " if key else ""
+        raise UserError(f"{file}: {name} {place}is {value!r}; allowed are {allowed}")
+    try: re.compile(key)
+    except re.error as e:
+        raise UserError(f"{file}: {key!r} in the pattern of {name} is no regular expression "
+                        f"({e}); mend it") from None
+
+def _check_start(start, folder):
+    "`UserError` for a start whose base is on no disk."
+    if start.startswith(BASE_CHANGING):
+        raise UserError(f"{folder}: started as {start}, which changed the base in memory, and that "
+                        "base is on no disk; let PEFT convert the adapter "
+                        "(save_pretrained with path_initial_model_for_weight_conversion), or make "
+                        "such a base with residual_base before training")
 
 # %% ../../nbs/model/07_lora.ipynb #05lora117e
 def adapter_settings(
     folder:str|Path, # of an adapter
-)->LoraConfig: # `UserError` for one that is missing, damaged, of another kind, or whose base is on no disk
+)->LoraConfig: # `UserError` if missing, damaged, of another kind, or of a base on no disk
     "Read and check the settings of an adapter."
     file = Path(folder)/"adapter_config.json"
     if not file.is_file():
@@ -437,34 +351,34 @@ def adapter_settings(
         raise UserError(f"{folder}: received an adapter of type {kind}; LORA is what the kit reads")
     try: config = LoraConfig.from_pretrained(folder)
     except Exception as e:
-        raise UserError(f"{file}: PEFT cannot read it ({(str(e).strip() or '?').splitlines()[0]}); "
-                        "copy it again from where it came from") from None
-    _check_scales(config, file)
-    start = str(config.init_lora_weights)
-    if start.startswith(BASE_CHANGING):
-        raise UserError(f"{folder}: started as {start}, which changed the base in memory, and that "
-                        "base is on no disk; let PEFT convert the adapter "
-                        "(save_pretrained with path_initial_model_for_weight_conversion), or make "
-                        "such a base with residual_base before training")
+        raise UserError(f"{file}: PEFT cannot read it ({_first_line(e)}); copy it again from where "
+                        "it came from") from None
+    for name, value, pattern in (("r", config.r, config.rank_pattern),
+                                 ("lora_alpha", config.lora_alpha, config.alpha_pattern)):
+        if not isinstance(pattern, dict):
+            raise UserError(f"{file}: the pattern of {name} is {pattern!r}; expected names of "
+                            "layers with their own values")
+        for key, own in {"": value, **pattern}.items(): _check_scale(key, own, name=name, file=file)
+    _check_start(str(config.init_lora_weights), folder)
     return config
+
+def _first_line(error): return (str(error).strip() or "?").splitlines()[0]
 
 # %% ../../nbs/model/07_lora.ipynb #05lora117g
 def adapter_tensors(
     folder:str|Path, # of an adapter
-)->dict[str,Tensor]: # by their names in the file; `UserError` if there are none, or one holds what no weight can be
+)->dict[str,Tensor]: # by their names in the file; `UserError` for none or a damaged one
     "Read and check the tensors of an adapter."
     files = [Path(folder)/name for name in ("adapter_model.safetensors", "adapter_model.bin")]
     file = next((f for f in files if f.is_file()), None)
     if file is None:
-        raise UserError(f"{folder}: adapter_model.safetensors is missing; save the adapter with "
-                        "PEFT again")
+        raise UserError(f"{folder}: adapter_model.safetensors is missing; save the adapter with PEFT again")
     try:
-        tensors = load_file(file) if file is files[0] else dict(torch.load(file, map_location="cpu",
-            weights_only=True))
+        if file is files[0]: tensors = load_file(file)
+        else: tensors = dict(torch.load(file, map_location="cpu", weights_only=True))
     except Exception as e:
-        raise UserError(f"{file}: cannot be read as tensors "
-                        f"({(str(e).strip() or '?').splitlines()[0]}); copy it again from where it "
-                        "came from") from None
+        raise UserError(f"{file}: cannot be read as tensors ({_first_line(e)}); copy it again from "
+                        "where it came from") from None
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise UserError(f"{file}: {name} is {getattr(tensor, 'dtype', type(tensor).__name__)}; "
@@ -481,15 +395,18 @@ class Adapter:
     folder: Path
     config: LoraConfig
     tensors: dict[str,Tensor] # all of them, by their names in the file
-    updates: dict[str,dict[str,Tensor]] # full name of a linear -> A [r, in], B [out, r], and with DoRA magnitude_vector [out]
+    updates: dict[str,dict[str,Tensor]] # name of a linear -> A [r, in], B [out, r], DoRA's lengths
     others: list[str] # names of tensors that are no update of a linear
 
 def pattern_value(
-    pattern:dict, name:str, whole, # of the settings; full name of a linear; the value where no pattern fits
+    pattern:dict, # of the settings
+    name:str, # full name of a linear
+    whole, # the value where no pattern fits
 ):
     "The rank or alpha of one linear, by PEFT's rule."
     return pattern.get(get_pattern_key(pattern, name), whole)
 
+# %% ../../nbs/model/07_lora.ipynb #05lora117i4
 def _check_update(name, parts, r, dora, folder):
     "`UserError` for matrices that are not those of this rank."
     lacks = {"A", "B", *["magnitude_vector"]*dora} - parts.keys()
@@ -499,34 +416,25 @@ def _check_update(name, parts, r, dora, folder):
     if len(parts) > 2 and not dora:
         raise UserError(f"{folder}: {name} has DoRA's lengths, and adapter_config.json says that "
                         "use_dora is false; take both files from the same adapter")
-    A, B, lengths = (list(parts[k].shape) if k in parts else None for k in ("A", "B",
-        "magnitude_vector"))
+    shapes = {key: list(part.shape) for key, part in parts.items()}
+    A, B, lengths = (shapes.get(key) for key in ("A", "B", "magnitude_vector"))
     if len(A) != 2 or len(B) != 2 or lengths not in (None, B[:1]):
-        raise UserError(f"{folder}: {name} has A {A}, B "
-                        f"{B}{f' and lengths {lengths}' if lengths else ''}; expected A [r, in], B "
-                        "[out, r] and lengths [out]")
+        received = f"A {A}, B {B}{f' and lengths {lengths}' if lengths else ''}"
+        raise UserError(f"{folder}: {name} has {received}; expected A [r, in], B [out, r] and lengths [out]")
     if A[0] != r or B[1] != r:
         raise UserError(f"{folder}: adapter_config.json gives {name} the rank {r}, its tensors "
                         f"have {A[0]}{f' and {B[1]}' if A[0] != B[1] else ''}; take both files "
                         "from the same adapter")
-
-def _is_named(key, config):
-    "Is a tensor that is no update one that the settings announce?"
-    module, _, last = key.rpartition(".")
-    names = [*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES]
-    # PEFT takes modules whose names end so
-    return ".lora_" in key or ".token_adapter." in key or last == "bias" and config.bias != "none" or any(
-        f"{m}." in key for m in names)
 
 # %% ../../nbs/model/07_lora.ipynb #05lora117j
 def check_adapter(
     folder:str|Path, # of an adapter, from this kit or from PEFT
 )->Adapter: # `UserError` where its files are damaged, or do not belong together
     "Read an adapter and check it; all that use adapters begin here."
-    config, tensors, updates, others = adapter_settings(folder), adapter_tensors(folder), defaultdict(dict), []
+    config, tensors = adapter_settings(folder), adapter_tensors(folder)
+    updates, others = defaultdict(dict), []
     for key, tensor in tensors.items():
-        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?",
-                             key)
+        found = re.fullmatch(r"base_model\.model\.(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", key)
         if found: updates[found[1]][found[2]] = tensor
         elif _is_named(key, config): others.append(key)
         else:
@@ -534,11 +442,17 @@ def check_adapter(
                             "it; take both files from the same adapter")
     # else matrices have forms of their own, which PEFT checks
     plain = not (config.target_parameters or getattr(config, "use_bdlora", None))
-    for name, parts in updates.items():
-        if plain:
-            _check_update(name, parts, r=pattern_value(config.rank_pattern, name, config.r),
-                          dora=config.use_dora, folder=folder)
+    for name, parts in updates.items() if plain else ():
+        r = pattern_value(config.rank_pattern, name, config.r)
+        _check_update(name, parts, r=r, dora=config.use_dora, folder=folder)
     return Adapter(Path(folder), config, tensors=tensors, updates=dict(updates), others=others)
+
+def _is_named(key, config):
+    "Is a tensor that is no update one that the settings announce?"
+    if ".lora_" in key or ".token_adapter." in key: return True
+    if config.bias != "none" and key.rpartition(".")[2] == "bias": return True
+    # PEFT takes modules whose names end so
+    return any(f"{m}." in key for m in [*(config.modules_to_save or ()), *EMBEDDING_LAYER_NAMES])
 
 # %% ../../nbs/model/07_lora.ipynb #05lora112
 def base_hash(
@@ -563,12 +477,13 @@ def load_adapter(
     trainable:bool=False, # True to train it further
     name:str="default", # what to call it; on a model that has adapters, one that is free
 ) -> PeftModel: # the model with this adapter active; A and B in fp32
-    "Put a saved adapter on its base. `UserError` if the folder holds none, a damaged one, or one of another base."
+    "Put a saved adapter on its base. `UserError` for none, a damaged one, or another base."
     adapter = check_adapter(folder)
     if name in getattr(model, "peft_config", {}):
-        raise UserError(f"an adapter called {name!r} is on this model already; give this one "
-                        "another name")
-    recorded, misfit = _check_base(model, adapter), f"{folder} does not fit this {type(model).__name__}"
+        raise UserError(f"an adapter called {name!r} is on this model already; give this one another name")
+    recorded = _check_base(model, adapter)
+    misfit = f"{folder} does not fit this {type(model).__name__}"
+    trained_on = f"it was trained on {adapter.config.base_model_name_or_path}: load that base"
     try:
         with _peft_quiet(), torch.random.fork_rng(devices=[]):
             warnings.filterwarnings("error", message="Found missing adapter keys")
@@ -578,14 +493,95 @@ def load_adapter(
             left_over = set_peft_model_state_dict(model, adapter.tensors, name).unexpected_keys
             model.set_adapter(name, inference_mode=not trainable)
     except (RuntimeError, ValueError, KeyError, UserWarning) as error:
-        raise UserError(f"{misfit}; it was trained on {adapter.config.base_model_name_or_path}: "
-                        "load that base") from error
+        raise UserError(f"{misfit}; {trained_on}") from error
     if left_over:
-        raise UserError(f"{misfit}, which has no place for "
-                        f"{left_over[0].replace(f'.{name}.', '.')}; it was trained on "
-                        f"{adapter.config.base_model_name_or_path}: load that base")
+        surplus = left_over[0].replace(f".{name}.", ".")
+        raise UserError(f"{misfit}, which has no place for {surplus}; {trained_on}")
     if recorded: model.base_hash = recorded
     return model
+
+# %% ../../nbs/model/07_lora.ipynb #05lora082
+def principal(
+    W:Tensor, # [out, in] fp32
+    r:int, # rank
+    scale:float, # α/r, or α/√r
+    niter:int|None=None, # None: exact; else iterations of the randomised form, fast on wide layers
+)->tuple[Tensor,Tensor]: # A [r, in], B [out, r]: scale·B·A is the best approximation of rank r
+    "PiSSA's start (arXiv 2404.02948, equations 2 and 3)."
+    if niter is None: U, S, V = torch.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(W, q=min(2*r + 8, *W.shape), niter=niter)
+        V = V.T
+    root = (S[:r]/scale).sqrt()
+    return root[:, None]*V[:r], U[:, :r]*root
+
+# %% ../../nbs/model/07_lora.ipynb #05lora084
+def _wide(model, name, tensors):
+    "The weight of a linear [out, in] in fp32, from the checkpoint."
+    key, module = f"{name}.weight", model.get_submodule(name)
+    keys = (key, key.removeprefix(f"{model.base_model_prefix}."))
+    W = next((tensors.whole(k) for k in keys if k in tensors), torch.empty(0))
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D): W = W.T.contiguous()
+    if W.shape == (module.out_features, module.in_features): return W.float()
+    raise UserError(f"{name}: the checkpoint has no plain weight of shape "
+                    f"{[module.out_features, module.in_features]}; use one in 16 or 32 bits")
+
+def _requantized(old, W, module):
+    "The packed form of W, with the settings and on the device of `old`."
+    settings = ("quant_type", "compress_statistics", "quant_storage", "blocksize")
+    kept = {name: getattr(old, name) for name in settings}
+    wide = W.to(old.quant_state.dtype).cpu()
+    return Params4bit(wide, requires_grad=False, module=module, **kept).to(old.device)
+
+# %% ../../nbs/model/07_lora.ipynb #05lora085
+def split_base(
+    model:nn.Module, # 4-bit causal LM of `load_model(folder)`; changed: its linears keep the rest
+    folder:Path, # the checkpoint it came from, in 16 or 32 bits
+    r:int, *, scale:float, # as for `principal`
+    targets:list[str], # from `check_targets`
+    niter:int|None=None, # as for `principal`
+)->dict[str,tuple[Tensor,Tensor]]: # full name of a layer -> A, B
+    "Take the principal directions out of every target; one wide weight is held at a time."
+    tensors, taken = Tensors(Path(folder)), {}
+    for name in _targeted(model, targets):
+        module = model.get_submodule(name)
+        if not isinstance(module, Linear4bit):
+            raise UserError(f"{name} is not in 4 bits; use quant_type nf4 or fp4, or PEFT's own "
+                            "init_lora_weights='pissa' for a plain base")
+        W = _wide(model, name, tensors).to(module.weight.device)
+        A, B = taken[name] = principal(W, r, scale=scale, niter=niter)
+        module.weight = _requantized(module.weight, W - scale * B @ A, module)
+        module.quant_state = module.weight.quant_state
+    return taken
+
+# %% ../../nbs/model/07_lora.ipynb #05lora087
+def residual_base(
+    folder:str|Path, # a checkpoint in 16 or 32 bits, from `resolve_base`
+    out:str|Path, # receives `base` and `adapter`; must not exist
+    r:int=16, *, alpha:float=32, target_modules:str|list[str]="all-linear", # as for `add_lora`
+    seed:int=0, niter:int|None=None, # as for `principal`
+    **loading, # for `load_model`: quant_type, double_quant, quant_storage, dtype, device
+)->Path: # `out`
+    "PiSSA for 4 bits: the rest as a base of its own, and its adapter (QPiSSA, arXiv 2404.02948)."
+    out = Path(out).absolute()
+    part = out.with_name(f".{out.name}.part")
+    if out.exists():
+        raise UserError(f"{out} exists; name a folder that does not, or remove this one")
+    shutil.rmtree(part, ignore_errors=True)
+    model, tokenizer = load_model(folder, **loading), load_tokenizer(folder)
+    targets = check_targets(model, target_modules)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        taken = split_base(model, folder, r=r, scale=alpha/r, targets=targets, niter=niter)
+    with _quiet():
+        model.save_pretrained(part/"base")
+        tokenizer.save_pretrained(part/"base")
+    tuned = add_lora(model, r, alpha=alpha, target_modules=target_modules, seed=seed)
+    state = {f"base_model.model.{name}.lora_{x}.default.weight": matrix
+             for name, pair in taken.items() for x, matrix in zip("AB", pair)}
+    tuned.base_hash = packed_hash(model)
+    save_adapter(tuned, tokenizer, folder=part/"adapter", base_model=str(out/"base"), state=state)
+    return put_in_place(part, out)
 
 # %% ../../nbs/model/07_lora.ipynb #05lora133
 def combine_adapters(
@@ -593,7 +589,7 @@ def combine_adapters(
     weights:dict[str,float], # name of an adapter -> its weight, which may be negative
     name:str="combined", # of the sum
 )->PeftModel: # the same model, with the sum active
-    "Add adapters up, exactly: factors side by side, of a rank that is the sum of the ranks. `UserError` for unknown names and for DoRA."
+    "Add adapters up exactly, factors side by side. `UserError` for unknown names and for DoRA."
     unknown = [n for n in weights if n not in model.peft_config]
     if unknown or not weights:
         raise UserError(f"combine: received {', '.join(unknown) or 'no adapter'}; this model has "

@@ -65,8 +65,11 @@ def test_injection_changes_nothing_and_warns_of_nothing(folders, family, quant_t
 def test_the_start_depends_on_the_seed_alone(folders):
     starts = []
     for noise, seed, storage in ((0, 1, "uint8"), (99, 1, "bfloat16"), (0, 2, "uint8")):
+        model = load_model(folders["llama"], quant_storage=storage, dtype=torch.bfloat16)
         torch.manual_seed(noise)
-        model = add_lora(load_model(folders["llama"], quant_storage=storage, dtype=torch.bfloat16), r=4, seed=seed)
+        before = torch.get_rng_state()
+        model = add_lora(model, r=4, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
         starts.append(torch.cat([p.detach().flatten() for p in lora_parameters(model).values()]))
     assert starts[0].dtype == torch.float32
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
