@@ -731,6 +731,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'qlora_kit.model.loader.complain': ('model/loader.html#complain', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.copy_run': ('model/loader.html#copy_run', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.file_names': ('model/loader.html#file_names', 'qlora_kit/model/loader.py'),
+                                        'qlora_kit.model.loader.fill_slots': ('model/loader.html#fill_slots', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.finish_model': ( 'model/loader.html#finish_model',
                                                                                  'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.frozen': ('model/loader.html#frozen', 'qlora_kit/model/loader.py'),

@@ -33,6 +33,12 @@ def save_tokenizer(folder, template=CHATML):
     return len(fast)
 
 
+@pytest.fixture
+def same_arithmetic(monkeypatch):
+    """Plain `Linear4bit` computes in the model's dtype on every processor, as the kit's do; with AVX512-BF16 it would rewrite its weights and compute in bf16."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory):
     """A folder with a two-layer Llama, hidden width 64, untied head."""

@@ -12,10 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXPORTED = re.compile(r"(\s*#\|[^\n]*\n)*\s*#\|\s*exports?\b")
-PENDING = {  # {rule: pages that do not meet it yet}: this only shrinks
-    "few_by_position": {
-        "model.loader"},
-}
+PENDING = {}  # {rule: pages that do not meet it yet}: this only shrinks
 
 CALLED_BY_TORCH = {"forward", "backward", "setup_context"}
 CALLED_BY_OTHERS = {  # more than five parameters by position, and who hands them over so

@@ -7,8 +7,8 @@ __all__ = ['THREADS', 'COMPUTED', 'SCALES', 'open_tensors', 'tensor_files', 'rea
            'runs', 'run_length', 'pack_run', 'stored', 'scales', 'pack_matrix', 'tensor_slice', 'PinnedBuffers',
            'byte_places', 'read_into', 'PinnedReader', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton',
            'slots', 'is_packed', 'Unstreamable', 'file_names', 'complain', 'match_names', 'reader', 'copy_run',
-           'read_packed', 'saved_scales', 'saved_pack', 'frozen', 'make_tensor', 'quantization_config', 'load_model',
-           'check_tied', 'finish_model', 'whole_weight', 'packed_hash', 'whole_notice', 'load_whole']
+           'read_packed', 'saved_scales', 'saved_pack', 'frozen', 'make_tensor', 'quantization_config', 'check_tied',
+           'fill_slots', 'finish_model', 'load_model', 'whole_weight', 'packed_hash', 'whole_notice', 'load_whole']
 
 # %% ../../nbs/model/03_loader.ipynb #04loader002
 import hashlib
@@ -25,7 +25,6 @@ from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
 
-import bitsandbytes
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -586,60 +585,45 @@ def quantization_config(
                               bnb_4bit_use_double_quant=double_quant,
                               bnb_4bit_quant_storage=quant_storage, bnb_4bit_compute_dtype=dtype)
 
-# %% ../../nbs/model/03_loader.ipynb #04loader092
-def load_model(
-    folder:str|Path,                 # from `resolve_base`
-    quant_type:str="nf4",            # nf4, fp4, or none for plain weights
-    double_quant:bool=True,          # scales in 8 bits too: 4.127 bits a weight instead of 4.5
-    quant_storage:str="uint8",       # dtype of packed bytes: uint8, bfloat16, float16, float32
-    dtype:torch.dtype=torch.float32, # of computation and of all that is not packed
-    device:str="cpu",                # where to quantize and keep the model
-    quiet:bool=False,                # no progress bar
-) -> PreTrainedModel:                # in eval mode; to PEFT, one that transformers loaded
-    "A causal language model with 4-bit linears, never holding more than itself and a few rows."
-    folder = Path(folder)
-    quantization = quantization_config(quant_type, double_quant, quant_storage=quant_storage,
-                                       dtype=dtype)
-    tensors = Tensors(folder, device)
-    model = skeleton(folder, quantization, dtype=dtype, device=device)
+# %% ../../nbs/model/03_loader.ipynb #04loader094
+def check_tied(
+    keys:list[str],     # names of one tied tensor that are all in the checkpoint
+    tensors:Tensors,    # the checkpoint
+    a:int=0,            # first number to compare
+    b:int|None=None,    # the one after the last; None: all the rest
+):
+    "A checkpoint may hold a tied tensor twice, but not two different ones."
+    if len(keys) == 1: return
+    first, *others = [tensors[k] for k in keys]
+    shape = first.get_shape()
+    last = math.prod(shape) if b is None else b
+    parts = runs(a, last, width=math.prod(shape[1:]), limit=2**20)
+    for key, other in zip(keys[1:], others):
+        if other.get_shape() != shape or not all(
+                torch.equal(read_flat(first, x, y), read_flat(other, x, y)) for x, y in parts):
+            raise UserError(f"checkpoint: config.json ties {keys[0]} and {key}, which hold "
+                            "different values; set tie_word_embeddings to false in config.json")
+
+# %% ../../nbs/model/03_loader.ipynb #04loader091a
+def fill_slots(
+    model:PreTrainedModel, # from `skeleton`
+    tensors:Tensors,       # its checkpoint
+    device,                # where to quantize and keep the model
+    quiet:bool=False,      # no progress bar
+):                         # `Unstreamable` or `UserError` before the first tensor is made
+    "Make each tensor of a model and put it into its places."
     places = slots(model)
-    try: found = match_names(model, places, tensors)
-    except Unstreamable as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
-        return load_whole(folder, model, dtype=dtype, device=device)
     # the others are buffers that the model has computed
-    full = [pair for pair in zip(places, found) if pair[1]]
+    full = [pair for pair in zip(places, match_names(model, places, tensors)) if pair[1]]
     most = sum(p.numel() for p in model.parameters())/32
     # huge ones first: no thread should be left with one at the end
     full.sort(key=lambda pair: getattr(*pair[0][0][:2]).numel() < most)
     def make(pair):
         check_tied(pair[1], tensors)
         return make_tensor(*pair[0][0][:2], tensors, pair[1][0], device)
-    for (slot, _), new in zip(progress(full, "loading" if quantization is None else "quantizing",
-                                       quiet), tensors.each(make, full)):
+    label = "quantizing" if getattr(model, "hf_quantizer", None) else "loading"
+    for (slot, _), new in zip(progress(full, label, quiet), tensors.each(make, full)):
         for module, name, _ in slot: setattr(module, name, new)
-    return finish_model(model, folder)
-
-# %% ../../nbs/model/03_loader.ipynb #04loader094
-def check_tied(
-    keys:list[str],          # names of one tied tensor that are all in the checkpoint
-    tensors:Tensors,         # the checkpoint
-    a:int=0,                 # first number to compare
-    b:int|None=None,         # the one after the last; None: all the rest
-):
-    "A checkpoint may hold a tied tensor twice, but not two different ones."
-    if len(keys) == 1: return
-    first, *others = [tensors[k] for k in keys]
-    shape = first.get_shape()
-    for key, other in zip(keys[1:], others):
-        if other.get_shape() != shape or not all(torch.equal(read_flat(first, x, y),
-            read_flat(other, x, y)) for x, y in
-                                                 runs(a, math.prod(shape) if b is None else b,
-                                                      width=math.prod(shape[1:]), limit=2**20)):
-            raise UserError(f"checkpoint: config.json ties {keys[0]} and {key}, which hold "
-                            "different values; "
-                            "set tie_word_embeddings to false in config.json")
 
 # %% ../../nbs/model/03_loader.ipynb #04loader096
 def finish_model(
@@ -653,6 +637,30 @@ def finish_model(
     for module in model.modules():
         if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
     return model.eval()
+
+# %% ../../nbs/model/03_loader.ipynb #04loader092
+def load_model(
+    folder:str|Path,                 # from `resolve_base`
+    quant_type:str="nf4",            # nf4, fp4, or none for plain weights
+    double_quant:bool=True,          # scales in 8 bits too: 4.127 bits a weight instead of 4.5
+    *,
+    quant_storage:str="uint8",       # dtype of packed bytes: uint8, bfloat16, float16, float32
+    dtype:torch.dtype=torch.float32, # of computation and of all that is not packed
+    device:str="cpu",                # where to quantize and keep the model
+    quiet:bool=False,                # no progress bar
+) -> PreTrainedModel:                # in eval mode; to PEFT, one that transformers loaded
+    "A causal language model with 4-bit linears, never holding more than itself and a few rows."
+    folder = Path(folder)
+    quantization = quantization_config(quant_type, double_quant, quant_storage=quant_storage,
+                                       dtype=dtype)
+    tensors = Tensors(folder, device)
+    model = skeleton(folder, quantization, dtype=dtype, device=device)
+    try: fill_slots(model, tensors, device=device, quiet=quiet)
+    except Unstreamable as e:
+        if os.environ.get("RANK", "0") == "0":
+            print(whole_notice(model, e.reason), file=sys.stderr, flush=True)
+        return load_whole(folder, model, dtype=dtype, device=device)
+    return finish_model(model, folder)
 
 # %% ../../nbs/model/03_loader.ipynb #04loader114
 def whole_weight(
@@ -674,10 +682,6 @@ def packed_hash(
             for module in (first, *others):
                 digest.update(module.weight.data.contiguous().view(torch.uint8).cpu().numpy())
     return digest.hexdigest()
-
-# %% ../../nbs/model/03_loader.ipynb #04loader119
-# one order of packed bytes, and one arithmetic, on every CPU
-bitsandbytes.nn.modules.has_avx512bf16 = lambda: False
 
 # %% ../../nbs/model/03_loader.ipynb #04loader154
 def whole_notice(

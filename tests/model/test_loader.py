@@ -3,6 +3,8 @@ import json, os, subprocess, sys, time
 from pathlib import Path
 
 import pytest, torch
+from bitsandbytes import functional, nn as bnb
+from bitsandbytes.nn import Linear4bit
 from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,8 +36,12 @@ def folders(tmp_path_factory):
 
 
 def theirs(folder, quant_type="nf4", double_quant=True, quant_storage="uint8", dtype=torch.float32, device="cpu"):
+    "transformers' own, computing as on a CPU that cannot multiply bf16: elsewhere bitsandbytes rewrites its weights."
     config = quantization_config(quant_type, double_quant, quant_storage, dtype)
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": device})
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, device_map={"": device})
+    for module in model.modules():
+        if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def contents(model):
@@ -75,6 +81,18 @@ def test_smollm2_equals_transformers_and_keeps_its_template():
     assert ours.generation_config.eos_token_id == load_tokenizer(folder).eos_token_id == 2
     assert "<|im_start|>user\nHi<|im_end|>" in load_tokenizer(folder).apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+def test_bitsandbytes_stays_as_it_is_and_our_linears_keep_their_bytes(folders, monkeypatch):
+    assert bnb.modules.has_avx512bf16 is functional.has_avx512bf16
+    seen = []
+    for answer in (False, True):
+        monkeypatch.setattr(bnb.modules, "has_avx512bf16", lambda: answer)  # what a new linear asks
+        model = load_model(folders["gpt2"])
+        before = packed_hash(model)
+        with torch.no_grad(): seen.append(model(torch.arange(8)[None]).logits)
+        assert packed_hash(model) == before
+    assert torch.equal(*seen)
 
 
 def test_generation_defaults_come_from_their_file(folders, tmp_path):

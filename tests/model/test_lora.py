@@ -92,7 +92,7 @@ def test_only_named_layers(folders):
     with pytest.raises(UserError, match="already"): add_lora(model)
 
 
-def test_adapter_folder_works_with_plain_peft(folders, tokenizer, tmp_path):
+def test_adapter_folder_works_with_plain_peft(folders, tokenizer, tmp_path, same_arithmetic):
     tuned = shake(add_lora(load_model(folders["llama"]), r=4, seed=0))
     doubled = {name: 2*p.detach() for name, p in lora_parameters(tuned).items()}
     save_adapter(tuned, tokenizer, tmp_path/"adapter", base_model="acme/base", revision="abc", state=doubled)
@@ -256,7 +256,7 @@ def test_principal_is_pefts_pissa(r):
 
 
 @pytest.mark.parametrize("family, loading", [("llama", dict()), ("gpt2", dict(quant_type="fp4", double_quant=False, quant_storage="bfloat16", dtype=torch.bfloat16))])
-def test_a_residual_base_and_its_adapter_are_a_plain_pair(folders, tokenizer, tmp_path, family, loading):
+def test_a_residual_base_and_its_adapter_are_a_plain_pair(folders, tokenizer, tmp_path, same_arithmetic, family, loading):
     tokenizer.save_pretrained(folders[family])
     pair = residual_base(folders[family], tmp_path/"pair", r=4, alpha=8, **loading)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pair"]

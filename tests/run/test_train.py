@@ -28,7 +28,7 @@ def test_the_run_learned_and_left_its_folder(whole):
     assert json.loads((full.run / "state.json").read_text())["state"] == "done"
 
 
-def test_plain_peft_loads_the_adapter_and_agrees(whole, tiny_llama):
+def test_plain_peft_loads_the_adapter_and_agrees(whole, tiny_llama, same_arithmetic):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
