@@ -54,7 +54,7 @@ class FlatWeights:
         self.size, self.makers = 0, [] # bytes; functions: the row → a tensor
         self.share = self.data = None # [part] uint8; all bytes, uint8
         self.made = {} # number of a maker → its tensor, made on `data`
-        self.work = None # the gather that fills `data`, until somebody has waited for it
+        self.work = None # the gather that fills `data`, until `arrive` has waited for it
 
     def add(self, shape:tuple, dtype:torch.dtype)->Segment:
         "Reserve room for a tensor."
@@ -98,7 +98,7 @@ FlatWeights.keep, FlatWeights.keep_part = keep, keep_part
 def view(self:FlatWeights,
     segment:Segment, # the tensor's place
     )->Tensor: # of the segment's shape; empty while the row is not assembled
-    "Look at a tensor."
+    "Return a tensor of the row, without a copy."
     if self.data is not None:
         return self.data[segment.start:segment.stop].view(segment.dtype).view(segment.shape)
     empty = torch.empty(0, *segment.shape[1:], dtype=segment.dtype, device=self.device)
@@ -110,7 +110,7 @@ def set_data(self:FlatWeights,
     made:dict|None=None, # tensors that were made on `data` before
     work=None, # with `wait`, if the bytes are still on their way
     ):
-    "Say where all bytes are now."
+    "Set the memory that has all bytes from now on."
     self.arrive() # what was on its way has to end before its memory is used again
     self.data, self.work = data, work
     self.made = {} if made is None else made
@@ -139,11 +139,11 @@ class DiskShare:
     def __len__(self): return self.size
 
     def begin(self):
-        "Begin to read."
+        "Begin to read in the background."
         if self.coming is None: self.coming = self.reader.submit(self._bytes)
 
     def read(self)->Tensor: # [part] uint8, pinned where there is a card
-        "Have the bytes."
+        "Return the bytes; read them now if need be."
         self.begin()
         found, self.coming = self.coming.result(), None
         return found
@@ -214,6 +214,7 @@ def look_up(self:FlatWeights,
 
 FlatWeights.look_up = look_up
 
+# %% ../../nbs/model/05_flat.ipynb #flat029c
 @cache
 def looking_up(kind:type, # class of a module with a weight
     )->type: # its subclass
@@ -292,7 +293,7 @@ def packed_weight(flat:FlatWeights, # the row
     state:QuantState, # without its scales
     segments:tuple, # from `packed_segments`
     )->Params4bit: # [N/2, 1]; empty while the row is not assembled
-    "Look a packed matrix up."
+    "Make a packed matrix of views of the row."
     codes, first, second = segments
     state = copy(state)
     state.absmax = flat.view(first)

@@ -41,14 +41,15 @@ class Ring:
         size = max(row.part*row.ranks for row in rows)
         count = min(max(buffers, 2), len(rows))
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
-        self.free = list(range(count)) # buffers that nobody uses
+        self.free = list(range(count)) # buffers that hold no layer
         self.place = {}  # layer → its buffer
         self.made = {}   # (layer, buffer) → tensors on it
         self.gathers = 0 # so far
-        self.soon = {} # (layer, backward) → what else to begin with then
+        self.soon = {} # (layer, backward) → the `Once` that begins at that layer's turn
         away = device.type == "cuda" and rows[0].share.device != device
         self.stream = torch.cuda.Stream(device) if away else None
 
+# %% ../../nbs/training/04_gathered.ipynb #gathered009a
 def give_up(self:Ring,
     layer:int, # that needs a buffer
     now:int, # the layer at work
@@ -81,6 +82,9 @@ def start_gather(self:Ring,
     row.set_data(buffer, self.made.setdefault((layer, number), {}), work)
     self.gathers += 1
 
+Ring.start = start_gather
+
+# %% ../../nbs/training/04_gathered.ipynb #gathered009g
 def fetch(self:Ring,
     layer:int, # 0 … L-1
     backward:bool=False, # for its backward pass?
@@ -97,7 +101,7 @@ def fetch(self:Ring,
     if 0 <= (later := following + way) < L and later not in self.place:
         if isinstance(share := self.rows[later].share, DiskShare): share.begin()
 
-Ring.start, Ring.fetch = start_gather, fetch
+Ring.fetch = fetch
 
 # %% ../../nbs/training/04_gathered.ipynb #gathered018
 class Once:
@@ -122,7 +126,7 @@ class Once:
 def hook_end(module:nn.Module, # embedding or head
     once:Once, # its row
     ):
-    "Have a module's row whole during its call."
+    "Make a module's row whole during its call."
     module.register_forward_pre_hook(lambda *_: once.__enter__())
     module.register_forward_hook(lambda *_: once.__exit__())
 
