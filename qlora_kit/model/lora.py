@@ -549,6 +549,8 @@ def split_base(
             raise UserError(f"{name} is not in 4 bits; use quant_type nf4 or fp4, or PEFT's own "
                             "init_lora_weights='pissa' for a plain base")
         W = _wide(model, name, tensors).to(module.weight.device)
+        if r > min(W.shape):
+            raise UserError(f"{name}: received r={r}; {list(W.shape)} allows ranks up to {min(W.shape)}")
         A, B = taken[name] = principal(W, r, scale=scale, niter=niter)
         module.weight = _requantized(module.weight, W - scale * B @ A, module)
         module.quant_state = module.weight.quant_state

@@ -280,6 +280,7 @@ def test_a_residual_base_and_its_adapter_are_a_plain_pair(folders, tokenizer, tm
 def test_residual_base_says_what_it_cannot_do(folders, tokenizer, tmp_path):
     tokenizer.save_pretrained(folders["llama"])
     with pytest.raises(UserError, match="not in 4 bits"): residual_base(folders["llama"], tmp_path/"x", r=4, quant_type="none")
+    with pytest.raises(UserError, match="k_proj: received r=33.*ranks up to 32"): residual_base(folders["llama"], tmp_path/"x", r=33)
     assert not list(tmp_path.iterdir())
     pair = residual_base(folders["llama"], tmp_path/"pair", r=4, target_modules=["q_proj"])
     with pytest.raises(UserError, match="exists"): residual_base(folders["llama"], pair, r=4)
