@@ -736,6 +736,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.frozen': ('model/loader.html#frozen', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.is_packed': ('model/loader.html#is_packed', 'qlora_kit/model/loader.py'),
+                                        'qlora_kit.model.loader.keep_bytes': ('model/loader.html#keep_bytes', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.keep_saved': ('model/loader.html#keep_saved', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.load_model': ('model/loader.html#load_model', 'qlora_kit/model/loader.py'),
                                         'qlora_kit.model.loader.load_whole': ('model/loader.html#load_whole', 'qlora_kit/model/loader.py'),

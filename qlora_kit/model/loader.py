@@ -8,7 +8,8 @@ __all__ = ['THREADS', 'COMPUTED', 'SCALES', 'open_tensors', 'tensor_files', 'rea
            'byte_places', 'read_into', 'PinnedReader', 'read_config', 'saved_quantization', 'keep_saved', 'skeleton',
            'slots', 'is_packed', 'Unstreamable', 'file_names', 'complain', 'match_names', 'reader', 'copy_run',
            'read_packed', 'saved_scales', 'saved_pack', 'frozen', 'make_tensor', 'quantization_config', 'check_tied',
-           'fill_slots', 'finish_model', 'load_model', 'whole_weight', 'packed_hash', 'whole_notice', 'load_whole']
+           'fill_slots', 'finish_model', 'keep_bytes', 'load_model', 'whole_weight', 'packed_hash', 'whole_notice',
+           'load_whole']
 
 # %% ../../nbs/model/03_loader.ipynb #04loader002
 import hashlib
@@ -634,9 +635,15 @@ def finish_model(
     if (folder/"generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     if getattr(model, "hf_quantizer", None): model.hf_quantizer.postprocess_model(model)
+    keep_bytes(model)
+    return model.eval()
+
+def keep_bytes(
+    model:nn.Module, # with 4-bit linears
+):
+    "Keep bitsandbytes from rewriting packed weights on a CPU that multiplies bf16."
     for module in model.modules():
         if isinstance(module, Linear4bit): module.support_avx512bf16_for_cpu = False
-    return model.eval()
 
 # %% ../../nbs/model/03_loader.ipynb #04loader092
 def load_model(

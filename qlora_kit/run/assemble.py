@@ -30,7 +30,7 @@ from ..model.base import cache_folder, load_tokenizer, resolve_base
 from ..model.flat import on_demand
 from ..model.kernels import fast_pointwise
 from ..model.linear import fast_linears
-from ..model.loader import load_model, read_config
+from ..model.loader import keep_bytes, load_model, read_config
 from ..model.lora import add_lora, check_adapter, check_init, load_adapter, STARTS, VARIANTS
 from ..model.sharded import load_sharded
 from .config import call_with, DataConfig, load_hook, looks_like_path, RunConfig
@@ -164,6 +164,7 @@ def model_from_hook(cfg:RunConfig, # `model.create_model` names the function
     if not isinstance(model, PeftModel):
         raise UserError(f"model.create_model: {m.create_model} returned a {type(model).__name__}; "
                         "return the PEFT model that peft.get_peft_model makes")
+    keep_bytes(model)
     return model.to(device)
 
 # %% ../../nbs/run/07_assemble.ipynb #15train031
