@@ -9,4 +9,5 @@ def create_model(base_model_name, lora_config, *, folder, quant_type, double_qua
 
     `folder` holds what `base_model_name` stands for. The settings after the `*` come from the config; leave out those you don't need.
     """
-    return get_peft_model(load_model(folder, quant_type, double_quant, quant_storage, dtype, device), lora_config)
+    base = load_model(folder, quant_type, double_quant, quant_storage=quant_storage, dtype=dtype, device=device)
+    return get_peft_model(base, lora_config)
