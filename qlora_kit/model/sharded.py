@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..data.files import UserError
 from .flat import (
-    DiskShare, FlatWeights, keep_scales, move_in, packed_segments, packed_weight)
+    DiskShare, FlatWeights, keep_scales, move_in, packed_segments, packed_weight, PLAIN_FORWARDS)
 from .loader import (
     check_tied, copy_run, finish_model, is_packed, make_tensor, match_names, pack_run,
     quantization_config, read_packed, reader, saved_scales, scales, skeleton, slots, Tensors)
@@ -167,13 +167,17 @@ def sort_tensors(model:PreTrainedModel, # from `skeleton`
     for pair in found:
         module, name, path = pair[0][0]
         like = getattr(module, name)
-        if name == "weight" and isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+        if name == "weight" and _divisible(module, inside=module in layers):
             rows.setdefault(layers.get(module, path), []).append(pair)
         elif like.dim() > 2 and like.numel() > 2**20:
             raise UserError(f"{path} is a stack of {like.shape[0]} matrices, which stage 3 does not "
                             "divide yet; use deepspeed.stage 2 or lower")
         else: rest.append(pair)
     return list(rows.values()), rest
+
+def _divisible(module, inside): # of a layer
+    known = isinstance(module, (nn.Linear, nn.Embedding, Conv1D))
+    return known and (not inside or type(module).forward in PLAIN_FORWARDS)
 
 # %% ../../nbs/model/06_sharded.ipynb #04bsharded040
 def find_tensors(model:PreTrainedModel, # from `skeleton`

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..model.flat import DiskShare, flat_of, FlatWeights, gather
+from ..model.flat import DiskShare, flat_of, FlatWeights, gather, row_of
 from ..model.sharded import decoder_layers
 
 # %% ../../nbs/training/04_gathered.ipynb #gathered006
@@ -157,11 +157,11 @@ def gather_layers(model:nn.Module, # divided, perhaps with LoRA
     ring = Ring([flat_of(layer) for layer in layers], buffers, group)
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
-        if module in inside or not hasattr(module, "flat"): continue
-        hook_end(module, ends.setdefault(module.flat, Once(module.flat, group, ring.stream)))
+        row = row_of(module)
+        if row is None or module in inside: continue
+        hook_end(module, ends.setdefault(row, Once(row, group, ring.stream)))
     for number, layer in enumerate(layers): hook_layer(layer, number, ring)
-    row = lambda module: getattr(module, "flat", None)
-    turns = {(max(0, len(layers) - AHEAD), False): row(model.get_output_embeddings()),
-             (min(AHEAD, len(layers)) - 1, True): row(model.get_input_embeddings())}
+    turns = {(max(0, len(layers) - AHEAD), False): row_of(model.get_output_embeddings()),
+             (min(AHEAD, len(layers)) - 1, True): row_of(model.get_input_embeddings())}
     ring.soon = {turn: ends[flat] for turn, flat in turns.items() if flat in ends}
     return ring

@@ -312,19 +312,19 @@ def test_every_stage_and_cpu_offload_train_as_one_process_does(llama_folder):
 LEVELS = ("dense", "none", "pointwise", "mlp", "layer", "mlp_host", "host")
 
 
-def at_level(folder, level="none", sharded=False, variant="lora", **load):
+def at_level(folder, level="none", sharded=False, variant="lora", adapter=None, **load):
     """`small_llama` as a run makes it: fast forms, a level for its layers; each rank its share of it if `sharded`."""
     from qlora_kit.model.flat import on_demand
     from qlora_kit.model.sharded import load_sharded
     from qlora_kit.training.recompute import set_levels
     from qlora_kit.model.linear import fast_linears
     from qlora_kit.model.loader import load_model
-    from qlora_kit.model.lora import add_lora
+    from qlora_kit.model.lora import add_lora, load_adapter
     from qlora_kit.training.loss import LossModel
     from qlora_kit.model.kernels import fast_pointwise
 
     base = load_sharded(folder, **load) if sharded else load_model(folder, **load)
-    with on_demand(base): model = add_lora(base, r=2, alpha=8, seed=1, variant=variant)
+    with on_demand(base): model = load_adapter(base, adapter, trainable=True) if adapter else add_lora(base, r=2, alpha=8, seed=1, variant=variant)
     fast_linears(model); fast_pointwise(model); set_levels(model, level)
     g = torch.Generator().manual_seed(3)
     for name, p in model.named_parameters():

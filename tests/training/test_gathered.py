@@ -197,6 +197,10 @@ def test_families_and_updates_at_stage_three(tmp_path, ranks):
                                ("gpt2", gpt2, [{}, dict(quant_type="none")]), ("qwen2", llama, [dict(quant_type="fp4", double_quant=False)])):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **shape, tie_word_embeddings=name != "qwen2")).save_pretrained(tmp_path / name)
+        if name == "llama":  # an earlier adapter, plain and with DoRA's lengths
+            for variant in ("lora", "dora"):
+                at_level(tmp_path / name, variant=variant).model.save_pretrained(tmp_path / variant)
+                kinds.append(dict(adapter=str(tmp_path / variant)))
         for kind in kinds:
             for level in ("none", "layer") if kind in ({}, dict(quant_type="none")) else ("none",):
                 label = f"{name} {kind} {level}"
