@@ -7,6 +7,7 @@ packages instead of a content network, relative links, sources beside the pages,
 """
 import base64
 import html
+import inspect
 import json
 import os
 import re
@@ -200,9 +201,25 @@ def config_page():
              "Each section is a class on [the page Config](../run/01_config.ipynb). A key without a default must be given.\n"]
     for section, field in RunConfig.model_fields.items():
         parts.append(f"\n## {section}\n\n| key | type | default | meaning |\n|---|---|---|---|")
+        said = explanations(field.annotation)
         for key, info in field.annotation.model_fields.items():
-            parts.append(f"| `{key}` | {_cell(type_text(info))} | {_cell(default_text(info))} | {_cell(info.description or '')} |")
+            parts.append(f"| `{key}` | {_cell(type_text(info))} | {_cell(default_text(info))} | {_cell(said.get(key, ''))} |")
     return "\n".join(parts)
+
+
+def explanations(section):
+    """{key: the comment beside its line, or on the lines above it}, of a section and those that it extends."""
+    said, above = {}, []
+    for kind in reversed(section.__mro__):
+        if not kind.__module__.startswith("qlora_kit."):
+            continue
+        for line in inspect.getsource(kind).splitlines():
+            code, _, comment = line.partition("# ")
+            key = re.match(r"    (\w+): ", code)
+            if key:
+                said[key[1]] = " ".join([*above, comment]).strip()
+            above = [*above, comment] if comment and not code.strip() else []
+    return said
 
 
 def type_text(info):

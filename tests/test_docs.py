@@ -99,6 +99,8 @@ def test_every_config_key_is_listed():
 
     cells = {c.get_text() for c in soup(SITE / "reference/config.html").select("main td:first-child code")}
     assert cells == {key for field in RunConfig.model_fields.values() for key in field.annotation.model_fields}
+    meanings = [c.get_text().strip() for c in soup(SITE / "reference/config.html").select("main td:last-child")]
+    assert all(meanings), "a key without a meaning: write it beside the key on the page config"
 
 
 def test_figures_have_texts_ids_are_unique_and_headings_in_order():

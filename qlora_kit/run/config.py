@@ -49,20 +49,20 @@ class ModelConfig(Section):
     # hub id, folder, .gguf file, or the name of an embedded model
     base_model: str = Field("smollm2-135m-instruct", min_length=1)
     revision: str | None = None                 # commit or tag of a hub id
-    quant_type: Literal["nf4", "fp4", "none"] = "nf4"
+    quant_type: Literal["nf4", "fp4", "none"] = "nf4"  # 4-bit codes of frozen weights
     double_quant: bool = True                   # block scales in 0.127 instead of 0.5 bit a weight
     # dtype that carries the packed codes
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     lora_r: int = Field(16, ge=1)               # rank r of the update
     lora_alpha: int = Field(32, ge=1)           # the update is scaled by alpha / r
-    lora_dropout: Number = Field(0.05, ge=0, lt=1)
+    lora_dropout: Number = Field(0.05, ge=0, lt=1)  # share of the update's inputs
     # rslora: scaled by alpha / √r; dora: trains lengths too
     lora_variant: Literal["lora", "rslora", "dora", "rslora+dora"] = "lora"
     lora_init: str = "kaiming"                  # or gaussian: what A is drawn from
     rank_pattern: dict[str, int] = {}           # end of a layer's name: its own r, as {down_proj: 32}
     alpha_pattern: dict[str, Number] = {}       # the same for alpha
     start_adapter: str | None = None            # folder to go on from; its r, alpha, … count then
-    target_modules: str | list[str] = "all-linear"
+    target_modules: str | list[str] = "all-linear"  # or names of layers
     create_model: str | None = None             # "models.create_model": your function builds it
 
 # %% ../../nbs/run/01_config.ipynb #14config015
@@ -81,20 +81,20 @@ Recompute = Annotated[str, AfterValidator(check_recompute)]
 # %% ../../nbs/run/01_config.ipynb #14config016
 class StepConfig(Section):
     "How one optimizer step is computed."
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0)                               # of every draw of the run
     # auto: float32 on a CPU, bfloat16 on CUDA, float16 on a card without it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     batch_size: int = Field(4, ge=1)                         # micro-batch: rows of one rank at once
-    gradient_accumulation_steps: int = Field(1, ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)        # micro-batches of one step
     max_length: int = Field(512, ge=8)                       # tokens; longer sequences are cut
-    learning_rate: Number = Field(2e-4, gt=0)
-    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    learning_rate: Number = Field(2e-4, gt=0)                # at its peak
+    lr_scheduler: Literal["cosine", "linear", "constant"] = "cosine"  # decay after the warm-up
     warmup_ratio: Number = Field(0.03, ge=0, lt=1)           # share of all steps
     # paged: on CUDA only
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"] = "adamw"
     loraplus_ratio: Number = Field(1.0, ge=1)                # rate of B over that of A (LoRA+)
-    weight_decay: Number = Field(0.0, ge=0)
-    max_grad_norm: Number = Field(1.0, gt=0)
+    weight_decay: Number = Field(0.0, ge=0)                  # of A and B, not of vectors
+    max_grad_norm: Number = Field(1.0, gt=0)                 # longer gradients are scaled down
     # a level, from dense to host; auto: the highest that fits; or memory to use: 40GB
     recompute: Recompute = "auto"
     group_by_length: bool = False                            # steps of similar rows: fewer pads
@@ -103,9 +103,9 @@ class StepConfig(Section):
 # %% ../../nbs/run/01_config.ipynb #14config018
 class TrainingConfig(StepConfig):
     "Batch, schedule, optimizer, and when to evaluate, save and stop."
-    num_epochs: int = Field(3, ge=1)
+    num_epochs: int = Field(3, ge=1)                         # passes over the rows
     max_steps: int | None = Field(None, ge=1)                # an earlier end than num_epochs
-    logging_steps: int = Field(1, ge=1)
+    logging_steps: int = Field(1, ge=1)                      # between two lines of metrics
     eval_steps: int | None = Field(None, ge=1)               # null: at the end of each epoch
     eval_batch_size: int | None = Field(None, ge=1)          # null: batch_size
     early_stop_patience: int | None = Field(None, ge=1)      # evaluations without a better loss
@@ -135,14 +135,14 @@ class DataConfig(Section):
     loss_on: Literal["assistant", "completion", "all"] = "assistant"
     load_dataset: str | None = None                          # "utils.data_utils.your_function"
     score: Literal["none", "exact_match"] = "none"           # answers before and after training
-    score_file: str | None = None
+    score_file: str | None = None                            # the questions; exact_match needs it
 
 # %% ../../nbs/run/01_config.ipynb #14config021
 class DeepspeedConfig(Section):
     "Used when several ranks train together; a DeepSpeed file may choose what is not set here."
     stage: Literal[0, 1, 2, 3] = 3                           # 3: shares of weights; 0: whole copies
     offload_param: Literal["none", "cpu", "nvme"] = "none"   # where unused shards are, at stage 3
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"  # where its share is, stage 1 to 3
     nvme_path: str | None = None                             # a folder on a fast local disk
     # layers that are whole at a time at stage 3, from 2; auto: as many as there is room for
     gathered_layers: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
