@@ -1648,6 +1648,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'qlora_kit/training/engine.py'),
                                            'qlora_kit.training.engine._fill_moments': ( 'training/engine.html#_fill_moments',
                                                                                         'qlora_kit/training/engine.py'),
+                                           'qlora_kit.training.engine._forget_buffer': ( 'training/engine.html#_forget_buffer',
+                                                                                         'qlora_kit/training/engine.py'),
                                            'qlora_kit.training.engine._fp32_copies': ( 'training/engine.html#_fp32_copies',
                                                                                        'qlora_kit/training/engine.py'),
                                            'qlora_kit.training.engine._loss_scaler': ( 'training/engine.html#_loss_scaler',

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -240,6 +241,13 @@ def sharing(ranks:int, # on this machine
             "right for learning and tests, not for speed")
 
 # %% ../../nbs/training/05_engine.ipynb #09engine053
+def _forget_buffer():
+    "Let the machine free DeepSpeed's shared memory once its ranks end; nobody else unlinks it."
+    torch.distributed.barrier() # by now every rank has opened it
+    uid, where = os.getuid(), f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    name = f"deepspeed_allreduce_buffer_{uid}_{where}_{torch.distributed.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
+
 def join_ranks(several:bool=False, # join through DeepSpeed, even if this is the only rank
     )->RankInfo: # of this process
     "Pick the device and, with several ranks, join them."
@@ -260,6 +268,7 @@ def join_ranks(several:bool=False, # join through DeepSpeed, even if this is the
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0))//per_host))
     deepspeed.init_distributed(dist_backend="nccl" if cards >= per_host else "gloo", verbose=False)
+    _forget_buffer()
     place = RankInfo(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
     if place.rank == 0 and sharing(per_host, cards):
         print(sharing(per_host, cards), file=sys.stderr)
