@@ -6,6 +6,7 @@ versions or rounding errors carry `#| tags: [measured]` and are left out. A page
 They were stored on an AMD processor. On others PyTorch's matrix library adds in another order, and a hundred steps of training make more of the last
 digit than that: there a number may be off by a quarter of its size, or by 0.04, which is more than one answer of thirty-two.
 """
+import gc
 import json
 import math
 import re
@@ -54,6 +55,19 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def shells(monkeypatch):
+    """The shells of pages. IPython keeps each of them, and all that its page made, until Python ends: a worker grew to 5 GB."""
+    import nbdev.test
+
+    made, shell = [], nbdev.test.CaptureShell
+    monkeypatch.setattr(nbdev.test, "CaptureShell", lambda *a, **k: made.append(shell(*a, **k)) or made[-1])
+    yield made
+    for shell in made: shell.reset()
+    made.clear()
+    gc.collect()
+
+
 def check_page(page, monkeypatch):
     """Run a page, and compare its numbers with those that are stored."""
     import nbdev.test
@@ -69,7 +83,7 @@ def check_page(page, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_page(page, monkeypatch, one_thread):
+def test_page(page, monkeypatch, one_thread, shells):
     check_page(page, monkeypatch)
 
 

@@ -2,14 +2,14 @@
 import tempfile
 
 import pytest
-from test_notebooks import TUTORIALS, check_page, one_thread  # noqa: F401 (a fixture)
+from test_notebooks import TUTORIALS, check_page, one_thread, shells  # noqa: F401 (fixtures)
 
 NAMES = ("first_run", "your_own_data", "fit_your_card", "two_cards", "when_it_goes_wrong")
 
 
 @pytest.mark.tutorials
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda p: p.stem)
-def test_tutorial(page, monkeypatch, tmp_path, one_thread):  # noqa: F811
+def test_tutorial(page, monkeypatch, tmp_path, one_thread, shells):  # noqa: F811
     import pandas as pd
 
     pd.reset_option("display.max_colwidth")  # a page before this one may have changed it
