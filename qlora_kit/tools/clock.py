@@ -112,13 +112,14 @@ class RandomFeed:
     vocab: int
     B: int
     T: int
+    ranks: int = 1
     capacity = None
 
     def batches(self, step:int, rank:int=0):
-        ids = random_ids(self.vocab, self.B, T=self.T, step=step)
+        ids = random_ids(self.vocab, self.B, T=self.T, step=step*self.ranks + rank)
         yield dict(input_ids=ids, labels=ids)
 
-    def count(self, step:int)->tuple: return self.B, self.B*self.T
+    def count(self, step:int)->tuple: return self.ranks*self.B, self.ranks*self.B*self.T
 
 # %% ../../nbs/tools/04_clock.ipynb #18bench029
 TINY = dict(model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=128,

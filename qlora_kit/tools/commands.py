@@ -683,6 +683,8 @@ def bench_command(
     tokenizer:Annotated[str | None, Option(help="Folder or embedded model whose tokenizer to take; "
                                                 "one is trained on the rows if left out")] = None,
     load:Annotated[bool, Option("--load", help="Compare the loading of the checkpoint too")] = False,
+    ranks:Annotated[int, Option(min=1, help="Processes, a card each; from 2 on, the kit at stages "
+                                            "2 and 3, and DDP, FSDP and DeepSpeed 3")] = 1,
     out:Annotated[Path | None, Option(help="File that gets a JSON line for each line")] = None,
     peers_path:Annotated[Path | None, Option(
         help="Folder with the peers' packages, seen by their processes only")] = None,

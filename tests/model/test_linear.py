@@ -1,8 +1,4 @@
-"""The NF4 + LoRA linear: PEFT's values and gradients for four families, what falls back, and weights that ZeRO-3 really frees."""
-import json
-import os
-import subprocess
-import sys
+"""The NF4 + LoRA linear: PEFT's values and gradients for four families, and what falls back."""
 import warnings
 
 import pytest
@@ -16,7 +12,6 @@ from transformers import (AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCo
 
 from qlora_kit.model import linear
 from qlora_kit.model import nf4
-from qlora_kit.training.engine import free_port
 from qlora_kit.use.generate import dequantized
 from qlora_kit.model.linear import (
     bench_linears, decoded, fast_linears, four_bit_linears, FourBitLinears, LoraLinear, plain_linears,
@@ -258,86 +253,6 @@ def test_layers_of_a_group_against_fp64(folders, dropout):
 
     for ours, exact, size in zip([*Y, *(t.grad for t in leaves)], formulas(lambda t: t), formulas(torch.abs)):
         assert ((ours - exact).abs() <= 2**-24*(2*128 + 10 + 6)*size).all()
-
-
-RANK = """
-import json, sys
-import bitsandbytes.autograd._functions as theirs
-import torch
-from bitsandbytes.nn import Linear4bit
-from torch.multiprocessing.reductions import StorageWeakRef
-from qlora_kit.model import linear
-from qlora_kit.training.engine import DeepSpeedEngine, join_ranks, leave, make_optimizer
-from qlora_kit.model.loader import load_model
-from qlora_kit.model.lora import add_lora, recompute_layers
-from qlora_kit.training.loss import LossModel
-from qlora_kit.training.zero import zero_config
-place, held, packed, most = join_ranks(several=True), {}, [], {}
-
-def sample(when):
-    "Bytes of gathered packed weights that somebody still holds; a storage counts until the last reference is gone."
-    for p in packed:
-        if p.numel() > 1:
-            s = p.data.untyped_storage()
-            held[s._cdata] = StorageWeakRef(s), s.nbytes()
-    for key in [k for k, (ref, _) in held.items() if ref.expired()]: del held[key]
-    most[when] = max(most.get(when, 0), sum(n for _, n in held.values()))
-
-def watch(module):
-    dequantize = module.dequantize_4bit
-    def watched(*args, **kwargs): sample("backward" if torch._C._current_graph_task_id() != -1 else "forward"); return dequantize(*args, **kwargs)
-    module.dequantize_4bit = watched
-
-watch(linear); watch(theirs.F)
-out = []
-for fast, recompute, first, knobs in json.loads(sys.argv[2]):
-    model = load_model(sys.argv[1])
-    if recompute: recompute_layers(model)
-    model = add_lora(model, r=4, seed=0).train()
-    layer = sum(m.weight.nbytes for m in model.base_model.model.model.layers[0].modules() if isinstance(m, Linear4bit))
-    if fast: linear.fast_linears(model)
-    config, module = zero_config(hidden_size=64), LossModel(model)
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **knobs}
-    engine = DeepSpeedEngine(module, make_optimizer(module), config, place)
-    packed[:] = [m.weight for m in model.modules() if isinstance(m, Linear4bit)]
-    for m in model.modules():
-        if isinstance(m, Linear4bit): m.register_forward_pre_hook(lambda *_: sample("forward" if torch._C._current_graph_task_id() == -1 else "recompute"))
-    ids = torch.randint(60, (2, 16), generator=torch.Generator().manual_seed(place.rank))
-    for _ in range(first):
-        with torch.no_grad(): engine.module.eval(); engine.forward(dict(input_ids=ids, labels=ids)); engine.module.train()
-    held.clear(); most.clear(); losses = []
-    for step in range(3):
-        loss = engine.forward(dict(input_ids=ids, labels=ids)); sample("between")
-        engine.backward(loss, n=60); sample("end")
-        losses += [float(loss.detach()), engine.step(1e-3)]
-    out.append([losses, {when: n/layer for when, n in most.items()}])
-if place.rank == 0: print(json.dumps(out))
-leave()
-"""
-
-
-@pytest.mark.ranks
-def test_zero3_frees_what_it_gathered(tmp_path):
-    """Two CPU ranks, six layers. Real DeepSpeed hooks, on layers or, where transformers recomputes, on linears; at most three decoder layers of packed weights in forward,
-    recompute and backward, and one without looking ahead."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SHAPE | {"num_hidden_layers": 6})
-    config.save_pretrained(tmp_path)
-    save_file(AutoModelForCausalLM.from_config(config).state_dict(), tmp_path/"model.safetensors", {"format": "pt"})
-    lean = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-    steps = [(True, False, 0, lean), (True, True, 0, lean), (True, True, 0, {})]
-    evaluated = [(True, recompute, 3, {}) for recompute in (False, True)] # before the first step, by PEFT's forward; weights are gathered ahead
-    cases = [*steps, *evaluated, (False, False, 0, lean)]
-    env = os.environ | dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
-    ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), json.dumps(cases)], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)),
-                              stdout=open(tmp_path/f"out{r}", "w"), stderr=open(tmp_path/f"err{r}", "w")) for r in (0, 1)]
-    codes = [p.wait(timeout=500) for p in ranks]
-    assert codes == [0, 0], [(tmp_path/f"err{r}").read_text()[-3000:] for r in (0, 1)]
-    results = json.loads((tmp_path/"out0").read_text().splitlines()[-1])
-    for losses, _ in results: assert losses == pytest.approx(results[-1][0], rel=1e-5) # the last case is PEFT's forward
-    for _, most in results[:-1]: assert max(most.values()) <= 3, most
-    assert max(results[0][1].values()) <= 1 and results[0][1]["end"] == 0 # one layer at a time
-    assert results[1][1]["recompute"] > 0 and max(results[-1][1].values()) > 5 # bitsandbytes keeps all six
 
 
 def test_the_benchmark_runs_on_a_cpu():

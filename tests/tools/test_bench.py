@@ -144,6 +144,37 @@ sys.exit(0)"""], stdin=subprocess.PIPE, start_new_session=True)
     assert bench.last_line(log) == "Traceback"
 
 
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What two ranks find, whichever way they share the model; one of the jobs is no way at all."""
+    place = tmp_path_factory.mktemp("ranks")
+    (place / "model").mkdir()
+    clock.write_checkpoint(place / "model", clock.shape_of("tiny"))
+    common = dict(shape="tiny", B=2, T=32, rank=4, steps=2, warm=1, folder=str(place / "model"), card=False, ranks=2)
+    todo = [("kit", "stage 3, auto"), ("plain", "FSDP, layers only"), ("plain", "DeepSpeed 3"), ("plain", "FSDP 7")]
+    return {line["setting"]: line for line in bench.measure([(*one, "ranks") for one in todo], common, place, 240)}
+
+
+@pytest.mark.ranks
+def test_all_ways_to_share_a_model_compute_the_same(two_ranks):
+    """The same weights, and tokens that differ from rank to rank, so a way that mixes ranks up has another loss; fp32, hence 1e-5."""
+    kit, layers, zero, _ = two_ranks.values()
+    assert [line.get("failed") for line in (kit, layers, zero)] == [None]*3
+    for peer in (layers, zero):
+        assert [peer[k] for k in ("first_loss", "last_loss")] == pytest.approx([kit[k] for k in ("first_loss", "last_loss")], rel=1e-5)
+    assert kit["tokens_per_s"] == pytest.approx(2 * 2 * 32 / kit["seconds"]) and kit["ranks"] == 2 and kit["layers"] == "2 dense"
+
+
+@pytest.mark.ranks
+def test_a_rank_that_fails_ends_the_others_with_its_own_reason(two_ranks):
+    assert two_ranks["FSDP 7"]["failed"] == "KeyError: 'FSDP 7'"
+
+
+def test_the_slowest_rank_and_the_fullest_card_count():
+    found = bench.slowest([dict(seconds=1.0, peak_gb=None, layers="2 dense"), dict(seconds=1.5, peak_gb=None, load_s=2.0)])
+    assert found == dict(seconds=1.5, peak_gb=None, layers="2 dense", load_s=2.0)
+
+
 def test_flops_and_mfu_by_hand():
     shape = bench.shape_of("llama-3.2-1b")  # 16 layers of 2048, MLP 8192, 32 heads of 64, 8 of them for keys, a tied head of 128256
     N = 16 * (2 * 2048 * 2048 + 2 * 2048 * 512 + 3 * 2048 * 8192) + 128256 * 2048
@@ -180,7 +211,8 @@ def test_mistakes_are_found_before_anything_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "start_child", None)
     (tmp_path / "rows.json").write_text("[]", encoding="utf-8")
     for wrong, said in ((dict(batch="4,2048"), "4x2048"), (dict(against="ours"), "plain, unsloth, liger, trl"), (dict(fields="question"), "prompt=question"),
-                        (dict(shape="llama-3.1-70b", rows=str(tmp_path / "rows.json")), "too large"), (dict(shape="gpt-9"), "llama-3.1-8b")):
+                        (dict(shape="llama-3.1-70b", rows=str(tmp_path / "rows.json")), "too large"), (dict(shape="gpt-9"), "llama-3.1-8b"),
+                        (dict(ranks=2, shape="llama-3.1-70b"), "too large"), (dict(ranks=2, rows=str(tmp_path / "rows.json")), "--rows is measured on one rank")):
         with pytest.raises(UserError, match=said):
             bench.bench(bench.BenchOptions(**wrong))
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: type("", (), dict(free=10**9)))
