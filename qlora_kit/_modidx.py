@@ -378,6 +378,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'qlora_kit/memory/predict.py'),
                                           'qlora_kit.memory.predict.kept_in_all': ( 'memory/predict.html#kept_in_all',
                                                                                     'qlora_kit/memory/predict.py'),
+                                          'qlora_kit.memory.predict.kept_in_first': ( 'memory/predict.html#kept_in_first',
+                                                                                      'qlora_kit/memory/predict.py'),
                                           'qlora_kit.memory.predict.layer_input': ( 'memory/predict.html#layer_input',
                                                                                     'qlora_kit/memory/predict.py'),
                                           'qlora_kit.memory.predict.layer_row': ( 'memory/predict.html#layer_row',

@@ -7,7 +7,8 @@ __all__ = ['SHAPES', 'MODEL', 'TRACED', 'MANY', 'shape_text', 'Setup', 'fill', '
            'count_bytes', 'anatomy', 'Ledger', 'FusedAttention', 'FusedDropout', 'fused', 'Trace', 'layer_input',
            'divided', 'short_model', 'forward', 'loss_peak', 'measure_loss', 'by_module', 'trace', 'trace_level',
            'rank_share', 'moment_bytes', 'trained_bytes', 'resident', 'loading_bytes', 'layer_row', 'gathered',
-           'levels_of', 'kept_in_all', 'backward_peak', 'Prediction', 'predict', 'memory_table', 'plot_memory']
+           'levels_of', 'kept_in_all', 'kept_in_first', 'backward_peak', 'Prediction', 'predict', 'memory_table',
+           'plot_memory']
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory002
 import json
@@ -39,6 +40,7 @@ from ..model.loader import (
     finish_model, quantization_config, run_length, scales, skeleton, stored, THREADS)
 from ..model.lora import add_lora, check_targets
 from ..model.sharded import decoder_layers
+from ..training.gathered import AHEAD
 from ..training.loss import head_loss, split_model
 from ..training.recompute import mlp_of, ON_CARD, ROOM, set_levels
 
@@ -304,6 +306,7 @@ class Trace:
     layer: dict    # kept by one layer, by the module that made it
     large: int     # kept by one layer in large tensors, which may wait elsewhere
     kept: int      # kept in all, L layers
+    forward: int   # on top while the last layer goes forward
     loss: int      # on top while a chunk of logits is alive
     backward: int  # on top while a layer goes backward, dequantized matrix included
     wide: int      # the dequantized matrix among them
@@ -433,7 +436,7 @@ def trace(
     ledger = Ledger(known, path)
     with fused(setup.device), ledger:
         hidden = forward(model, setup)
-        alive = list(ledger.alive.values())
+        alive, top = list(ledger.alive.values()), ledger.peak - ledger.now
         loss, grad = measure_loss(model, hidden, ledger)
         ledger.peak = start = ledger.now
         torch.autograd.backward(hidden, grad)
@@ -441,8 +444,8 @@ def trace(
     L, least = anatomy(setup).layers, layer_input(setup)//8
     outside, layer, kept = by_module(alive, L)
     _, large, _ = by_module([a for a in alive if a[0] >= least], L)
-    return Trace(outside, layer, large=sum(large.values()), kept=kept, loss=loss,
-                 backward=ledger.peak - start, wide=ledger.wide_at_peak)
+    return Trace(outside, layer, large=sum(large.values()), kept=kept, forward=top,
+                 loss=loss, backward=ledger.peak - start, wide=ledger.wide_at_peak)
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory050
 def trace_level(
@@ -455,7 +458,7 @@ def trace_level(
     if level not in ROOM or setup.device == "cpu": return t
     room, L = ROOM[level]*layer_input(setup), anatomy(setup).layers
     return replace(t, layer={"small": sum(t.layer.values()) - t.large}, kept=t.kept - L*t.large,
-                   loss=t.loss + room, backward=t.backward + room)
+                   forward=t.forward + room, loss=t.loss + room, backward=t.backward + room)
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory053
 def rank_share(
@@ -530,7 +533,7 @@ def layer_row(
 # %% ../../nbs/memory/01_predict.ipynb #07memory061
 def gathered(
     setup:Setup, # the run
-)->tuple[int, int]: # bytes of the buffers for layers, of the whole head
+)->tuple[int, int]: # bytes of the buffers for layers, of the whole head or embedding
     "Count the whole weights that stage 3 assembles."
     if not divided(setup): return 0, 0
     a = anatomy(setup)
@@ -551,29 +554,40 @@ def kept_in_all(
     levels, held = levels_of(setup), 0
     if levels[-1] not in ROOM and setup.device != "cpu": # sent last, not yet let go
         held = max((ROOM[level] for level in ROOM if level in levels), default=0)*layer_input(setup)
-    return held + sum(trace_level(setup, level).kept*levels.count(level)//len(levels)
-                      for level in set(levels))
+    return held + kept_in_first(setup, len(levels))
+
+def kept_in_first(
+    setup:Setup, # the run
+    n:int, # layers
+)->int: # bytes
+    "Count the activations of the first layers."
+    levels = levels_of(setup)
+    return sum(trace_level(setup, level).kept*levels[:n].count(level)//len(levels)
+               for level in set(levels[:n]))
 
 # %% ../../nbs/memory/01_predict.ipynb #memory063b
 def backward_peak(
     setup:Setup, # the run
     early:int, # bytes of gradients before the backward pass
     gradients:int, # bytes of gradients after it
-)->tuple[int, int, Trace]: # bytes of gradients and of kept activations, and the level in hand
+)->tuple[int, int, int, Trace]: # bytes of gradients, activations and embedding; level in hand
     "Find the largest moment of a backward pass."
-    levels = levels_of(setup)
-    bottom, top = trace_level(setup, levels[0]), trace_level(setup, levels[-1])
-    low, L = levels.count(levels[0]), len(levels)
-    moments = [(early, kept_in_all(setup), top),
-               (max(early, gradients*(L - low)//L), bottom.kept*low//L, bottom),
-               (gradients, sum(bottom.layer.values()), bottom)]
-    return max(moments, key=lambda m: m[0] + m[1] + m[2].backward)
+    levels, embedding = levels_of(setup), gathered(setup)[1]
+    L, bottom = len(levels), trace_level(setup, levels[0])
+    turn = min(AHEAD, L)
+    def coming_to(n): # layers whose backward pass is ahead
+        kept = kept_in_all(setup) if n == L else kept_in_first(setup, n)
+        made = max(early, gradients*(L - n)//L)
+        return made, kept, embedding*(n <= turn), trace_level(setup, levels[n - 1])
+    moments = [coming_to(n) for n in sorted({L, levels.count(levels[0]), turn}, reverse=True)]
+    moments.append((gradients, sum(bottom.layer.values()), embedding, bottom))
+    return max(moments, key=lambda m: m[0] + m[1] + m[2] + m[3].backward)
 
 # %% ../../nbs/memory/01_predict.ipynb #07memory065
 @dataclass(frozen=True)
 class Prediction:
     "Bytes of one rank, by name, at each moment."
-    moments: dict   # load, loss, backward, step (and answers) → {name: bytes}
+    moments: dict   # load, (forward,) loss, backward, step (and answers) → {name: bytes}
     elsewhere: dict # offloaded, {name: bytes}
 
     @property
@@ -601,19 +615,21 @@ def predict(
     weights = {k: here[k] for k in list(here)[:4]}
     base, loose = {**here, "gradients": 0}, s.stage == 0 and s.ranks == 1 and s.accumulation == 1
     early = 0 if loose else here["gradients"]
-    late, kept, t = backward_peak(s, early, here["gradients"])
-    ring, head = gathered(s)
+    late, kept, embedding, t = backward_peak(s, early, here["gradients"])
+    (ring, end), top = gathered(s), trace_level(s, levels_of(s)[-1])
     blas = 32*2**20 if s.device == "cuda" else 0
     one = max(a.adapter)*4 if s.device == "cpu" else sum(a.adapter)*4//(s.ranks if s.stage else 1)
+    def full(name, n): # before the backward pass, and what one moment has besides
+        return {**base, "gradients": early, "kept activations": kept_in_all(s), name: n,
+                "gather buffers": ring + end, "workspace": blas}
     moments = {
         "load": {**weights, "loading": loading_bytes(s)},
-        "loss": {**base, "gradients": early, "kept activations": kept_in_all(s),
-                 "logits chunk": trace_level(s, levels_of(s)[-1]).loss, "gather buffers": ring + head,
-                 "workspace": blas},
+        **({"forward": full("working tensors", top.forward)} if end else {}),
+        "loss": full("logits chunk", top.loss),
         "backward": {**base, "gradients": late, "kept activations": kept,
-                     "working tensors": t.backward - t.wide, "gather buffers": ring,
+                     "working tensors": t.backward - t.wide, "gather buffers": ring + embedding,
                      "workspace": t.wide + blas},
-        "step": {**here, "gather buffers": ring,
+        "step": {**here, "gather buffers": ring + end,
                  "workspace": blas + (0 if s.offload_optimizer != "none" else one)}}
     if s.answers and s.device == "cpu":
         moments["answers"] = {**weights, "adapter": here["adapter"],
