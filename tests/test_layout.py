@@ -1,5 +1,6 @@
 """The house: chapters stand in the order in which data flows, and a page imports only from pages above it."""
 import ast
+import builtins
 import json
 import re
 from pathlib import Path
@@ -61,3 +62,29 @@ def test_chapters_stand_in_the_order_of_the_data():
 def test_the_order_is_really_read():
     """Turned around, nearly every page imports from below."""
     assert len({page for page, _ in upward(chapter_pages()[::-1])}) > 20
+
+
+def test_a_cell_that_imports_stands_alone():
+    """The site is built by running a page's imports and exported cells alone, so such a cell uses no name of the examples before it."""
+    wrong = []
+    for page in chapter_pages():
+        exported = {name for source in code_cells(page) if re.match(r"#\| exports?\b", source) for name in bound(ast.parse(source))}
+        known = {*dir(builtins), *exported}
+        for source in code_cells(page):
+            tree = ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M))
+            imports = any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
+            if not imports or re.match(r"#\| (exports?|eval: false)\b", source) or "nbdev_export" in source: continue
+            used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+            known |= bound(tree)
+            wrong += [f"{page.stem}: {name}" for name in sorted(used - known)]
+    assert wrong == []
+
+
+def bound(tree):
+    """The names that a piece of code binds."""
+    nodes = list(ast.walk(tree))
+    aliases = {(a.asname or a.name).partition(".")[0] for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for a in node.names}
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+    return aliases | defined | stored | arguments

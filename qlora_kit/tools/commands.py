@@ -304,7 +304,8 @@ def _plan_table(prediction, limit): # bytes of the card, or None
     data = memory_table(prediction)
     data = data[data.max(axis=1) >= 0.005]
     names = [n for n in data.index if n != "sum"]
-    scale = 14/max(limit/2**30 if limit else 0, data.loc["sum"].max())
+    marks = 14 if len(data.columns) < 5 else 9 # a line of a terminal has 80 characters
+    scale = marks/max(limit/2**30 if limit else 0, data.loc["sum"].max())
     table = Table("", "", *data.columns, title="GB per rank")
     for i, name in enumerate(names):
         table.add_row(GRAIN[i % 10], name, *(f"{x:.2f}" if x else "" for x in data.loc[name]))
@@ -312,7 +313,7 @@ def _plan_table(prediction, limit): # bytes of the card, or None
     table.add_row("", "sum", *(f"{x:.2f}" for x in data.loc["sum"]))
     bars = ("".join(GRAIN[i % 10]*round(data[c][n]*scale) for i, n in enumerate(names))
             for c in data.columns)
-    table.add_row("", f"14 marks are {14/scale:.1f} GB", *bars)
+    table.add_row("", f"{marks} marks are {marks/scale:.1f} GB", *bars)
     return table
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch023
