@@ -9,9 +9,12 @@ __all__ = ['FORMATS', 'TURN_FIELDS', 'ROLES', 'Conversation', 'hub_name', 'load_
 
 # %% ../../nbs/data/02_rows.ipynb #00data002
 import csv
+import gzip
 import hashlib
 import json
+import math
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -33,15 +36,27 @@ class Conversation:
     tools:list|None = None # JSON schemas of the functions that the assistant may call
 
 # %% ../../nbs/data/02_rows.ipynb #00data017
+def _kind(path)->str:
+    "The suffix that says what a file holds, in small letters; `.gz` around it does not count."
+    inner = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return inner.suffix.lower()
+
+def _raw_lines(path, name)->Iterator[bytes]:
+    "The lines of a file, or of what was compressed with gzip."
+    packed = path.suffix.lower() == ".gz"
+    with (gzip.open if packed else open)(path, "rb") as file:
+        try: yield from file
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise UserError(f"{name}: not a whole gzip file ({e}); compress it again") from None
+
 def _lines(path, name)->Iterator[str]:
     "The lines of a text file, one at a time; `UserError` for a byte that is not UTF-8."
-    with path.open("rb") as file:
-        for i, raw in enumerate(file, 1):
-            try: yield raw.removeprefix(b"\xef\xbb\xbf" if i == 1 else b"").decode()
-            except UnicodeDecodeError as e:
-                column = len(raw[:e.start].decode("utf-8", "replace")) + 1
-                raise UserError(f"{name} line {i}, column {column}: byte 0x{raw[e.start]:02x} is "
-                                "not UTF-8; save the file as UTF-8") from None
+    for i, raw in enumerate(_raw_lines(path, name), 1):
+        try: yield raw.removeprefix(b"\xef\xbb\xbf" if i == 1 else b"").decode()
+        except UnicodeDecodeError as e:
+            column = len(raw[:e.start].decode("utf-8", "replace")) + 1
+            raise UserError(f"{name} line {i}, column {column}: byte 0x{raw[e.start]:02x} is "
+                            "not UTF-8; save the file as UTF-8") from None
 
 # %% ../../nbs/data/02_rows.ipynb #00data019
 def _not_json(name, line, e, remedy):
@@ -67,12 +82,25 @@ def _json(path, name):
                         "of rows: put [ ] around it")
     yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
 
+# %% ../../nbs/data/02_rows.ipynb #00554e46
+def _table_lines(path, name)->Iterator[str]:
+    "Lines that end in \\n, \\r\\n or, as old spreadsheets write them, in \\r."
+    for line in _lines(path, name):
+        yield from filter(None, re.split(r"(?<=\r)(?!\n)", line))
+
+def _check_header(name, header):
+    if twice := [column for column in dict.fromkeys(header) if header.count(column) > 1]:
+        raise UserError(f"{name} line 1: received the column {twice[0]!r} {header.count(twice[0])} "
+                        "times; give each column a name of its own")
+
 # %% ../../nbs/data/02_rows.ipynb #00data023
 def _csv(path, name):
     "Rows of a table, all cells text; a row of another length than the header is an error."
-    reader = csv.reader(_lines(path, name), strict=True)
+    csv.field_size_limit(2**31 - 1) # a cell may hold a document
+    reader, start = csv.reader(_table_lines(path, name), strict=True), 1
     try:
         header = next(reader, [])
+        _check_header(name, header)
         start = reader.line_num + 1
         for cells in reader:
             if cells and len(cells) != len(header):
@@ -90,7 +118,14 @@ def _through_datasets(kind, **options):
     "Rows of `load_dataset`, one at a time."
     with TemporaryDirectory() as cache:
         rows = load_dataset(kind, streaming=True, cache_dir=cache, **{"split": "train"} | options)
-    for i, row in enumerate(rows, 1): yield f"row {i}", json.loads(json.dumps(row, default=str))
+    for i, row in enumerate(rows, 1):
+        yield f"row {i}", _without_nulls(json.loads(json.dumps(row, default=str)))
+
+def _without_nulls(value):
+    "A row without the fields that Arrow added to a struct, because another row has them."
+    if isinstance(value, list): return [_without_nulls(v) for v in value]
+    if not isinstance(value, dict): return value
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
 
 def _parquet(path, name):
     with path.open("rb") as file: start = file.read(4)
@@ -111,17 +146,18 @@ _READERS = {".json": _json, ".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet
 
 # %% ../../nbs/data/02_rows.ipynb #00data027
 _ALLOWED = (".json (an array of rows), .jsonl (one row a line), .csv, .parquet, "
-            ".txt (a paragraph a row), or a folder of these")
+            ".txt (a paragraph a row), text compressed as .gz, or a folder of these")
 
 def _files(path)->list[tuple[Path, str]]:
     "The files of a source, each with the name that messages call it by."
     try: is_file, _ = path.is_file(), path.stat()
     except OSError as e:
         raise UserError(f"{path}: {e.strerror}; data is {_ALLOWED}: check the path") from None
-    if is_file and path.suffix.lower() not in _READERS:
-        raise UserError(f"{path.name}: received suffix '{path.suffix}'; allowed: {_ALLOWED}")
+    if is_file and _kind(path) not in _READERS:
+        raise UserError(f"{path.name}: received suffix '{_kind(path) or path.suffix}'; "
+                        f"allowed: {_ALLOWED}")
     if is_file: return [(path, path.name)]
-    found = sorted(p for p in path.rglob("*") if p.suffix.lower() in _READERS and p.is_file()
+    found = sorted(p for p in path.rglob("*") if _kind(p) in _READERS and p.is_file()
                    and not any(part.startswith(".") for part in p.relative_to(path).parts))
     if not found: raise UserError(f"{path}: a folder without data files; allowed: {_ALLOWED}")
     return [(p, p.relative_to(path).as_posix()) for p in found]
@@ -133,7 +169,7 @@ def hub_name(
     "Read `owner/name`, `owner/name:split` or `owner/name:config:split`."
     found = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?::([\w.-]+))??(?::([\w.+-]+))?", str(source))
     if Path(source).exists() or not found: return None
-    if found[1].startswith(".") or Path(found[1]).suffix.lower() in _READERS: return None
+    if found[1].startswith(".") or _kind(Path(found[1])) in _READERS: return None
     return dict(kind=found[1], name=found[2], split=found[3] or "train")
 
 # %% ../../nbs/data/02_rows.ipynb #00data032
@@ -145,12 +181,23 @@ def _hub(kind, name, split):
                         "write a path, owner/name:split or owner/name:config:split") from None
 
 # %% ../../nbs/data/02_rows.ipynb #00data034
-def _not_a_row(row):
+def _not_text(value):
+    "Whether a value holds what no JSON text may hold: NaN, infinity, half of a surrogate pair."
+    try: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError: return True
+    return False
+
+def _not_a_row(row, used=None): # names of columns that must be sound; None: all
     "Why a JSON value cannot be a row; None if it can."
     if not isinstance(row, dict): return f"a {type(row).__name__}, not an object"
-    try: json.dumps(row, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError:
-        return "holds NaN, infinity or half of a surrogate pair (such as \\ud83d alone)"
+    needed = row if used is None else used
+    if wrong := [k for k, v in row.items() if _not_text(k) or k in needed and _not_text(v)]:
+        return (f"{json.dumps(wrong[0])} holds NaN, infinity or half of a surrogate pair (such as "
+                "\\ud83d alone)")
+
+def _readable(row):
+    "A row whose unused columns are spelled out where no JSON text may hold them."
+    return {k: ascii(v) if _not_text(v) else v for k, v in row.items()}
 
 def _rows(source)->Iterator[tuple[str, str, object]]:
     "Every row of a source with its file and its place, unchecked."
@@ -158,7 +205,7 @@ def _rows(source)->Iterator[tuple[str, str, object]]:
         yield from ((hub["kind"], where, row) for where, row in _hub(**hub))
         return
     for path, name in _files(Path(source)):
-        read = _READERS[path.suffix.lower()]
+        read = _READERS[_kind(path)]
         yield from ((name, where, row) for where, row in read(path, name))
 
 # %% ../../nbs/data/02_rows.ipynb #00data036
@@ -176,6 +223,7 @@ def _place(source, where):
 # %% ../../nbs/data/02_rows.ipynb #00data038
 def load_rows(
     source:str|Path, # .json, .jsonl, .csv, .parquet, .txt, a folder of these, or owner/name:split
+    used:Iterable[str]|None=None, # columns that must be sound in every row; None: all
 )->Dataset: # n rows; the added column `_where` ("file.json row 3") says where each stood
     "Read all rows; a `UserError` names file, line and column of what cannot be read."
     rows = [(f"{name} {where}", row) for name, where, row in _rows(source)]
@@ -183,8 +231,9 @@ def load_rows(
     if not rows:
         raise UserError(f"{name}: received no rows; training needs at least one: check that this "
                         "is the right file")
-    _refuse(name, [f"{_place(source, w)}: {p}" for w,r in rows if (p := _not_a_row(r))],
+    _refuse(name, [f"{_place(source, w)}: {p}" for w,r in rows if (p := _not_a_row(r, used))],
             n=len(rows), rule='A row is an object such as {"instruction": …, "output": …}')
+    rows = [(w, _readable(r)) for w, r in rows]
     names = dict.fromkeys(k for _,r in rows for k in r)
     types = {k: Value("string") if all(isinstance(r.get(k), str|None) for _,r in rows) else Json()
              for k in names}
@@ -193,12 +242,21 @@ def load_rows(
 
 # %% ../../nbs/data/02_rows.ipynb #00data052
 FORMATS = { # columns that a row must have, and that it may have; the first format that fits wins
-    "messages": (("messages",), ("system", "tools")),
+    "messages": (("messages",), ("system", "tools", "functions")),
     "sharegpt": (("conversations",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input", "system")),
-    "prompt_completion": (("prompt", "completion"), ("system",)),
+    "alpaca": (("instruction", "output"), ("input", "system", "history", "tools")),
+    "prompt_completion": (("prompt", "completion"), ("system", "tools")),
     "text": (("text",), ())}
+_COLUMNS = {column for needed, other in FORMATS.values() for column in needed + other}
 TURN_FIELDS = ("role", "content", "from", "value") # names inside a turn; `fields` may map these too
+
+# %% ../../nbs/data/02_rows.ipynb #c234a46d
+def _one_answer(columns, fields):
+    "`UserError` for preference data, unless `fields` names the answer to learn."
+    if "rejected" not in columns or {"chosen", "rejected"} & set(fields.values()): return
+    raise UserError(f"received the columns {columns}: 'rejected' marks preference data (DPO), and "
+                    "the kit imitates one answer; name it in data.fields, e.g. {prompt: prompt, "
+                    "completion: chosen}, or {messages: chosen} where it holds whole conversations")
 
 # %% ../../nbs/data/02_rows.ipynb #00data054
 def find_format(
@@ -208,8 +266,7 @@ def find_format(
 )->str: # one of `FORMATS`
     "Choose the format of rows by their columns; `UserError` if none fits, or a mapping is wrong."
     fields, columns = fields or {}, [c for c in columns if c != "_where"]
-    known = sorted({c for needed, other in FORMATS.values()
-                    for c in needed + other} | set(TURN_FIELDS))
+    known = sorted(_COLUMNS | set(TURN_FIELDS))
     if format not in FORMATS and format != "auto":
         raise UserError(f"data.format: received {format!r}; allowed: auto, {', '.join(FORMATS)}")
     for ours, theirs in fields.items():
@@ -218,6 +275,7 @@ def find_format(
         if ours not in TURN_FIELDS and theirs not in columns:
             raise UserError(f"data.fields: {ours} is mapped to {theirs!r}, which is not among the "
                             f"columns {columns}; write one of these")
+    _one_answer(columns, fields)
     named = {theirs: ours for ours, theirs in fields.items()}
     ours = {named.get(c, c) for c in columns}
     for name in FORMATS if format == "auto" else [format]:
@@ -244,89 +302,194 @@ def _column_problem(row, name, optional=False):
     if not isinstance(value, str): return f"'{name}' is {_short(value)}, not text in quotes"
     if not value.strip(): return f"'{name}' is empty"
 
-# %% ../../nbs/data/02_rows.ipynb #00data061
+# %% ../../nbs/data/02_rows.ipynb #7fd89e20
 ROLES = dict(system="system", developer="developer", user="user", human="user",
-             assistant="assistant", gpt="assistant", tool="tool", observation="tool")
+             assistant="assistant", gpt="assistant", chatgpt="assistant", model="assistant",
+             function_call="assistant", tool="tool", observation="tool", function="tool",
+             ipython="tool")
+
+class _Fault(UserError):
+    "What is wrong with a row."
 
 def _names(turn, fields):
     "What the speaker and the text of a turn are called in it."
     plain = ("from", "value") if fields.get("from", "from") in turn else ("role", "content")
     return tuple(fields.get(k, k) for k in plain)
 
-def _turn_problem(turn, fields):
-    if not isinstance(turn, dict): return f"is {_short(turn)}, not an object"
-    speaker, says = _names(turn, fields)
-    role = ROLES.get(turn.get(speaker)) if isinstance(turn.get(speaker), str) else None
-    if role is None:
-        return f"has {_short(turn.get(speaker))} as '{speaker}'; allowed: {', '.join(ROLES)}"
-    silent = role == "assistant" and turn.get("tool_calls")
-    if turn.get(says) is None and silent: return None
-    if not isinstance(turn.get(says), str):
-        return f"('{turn[speaker]}') has {_short(turn.get(says))} as '{says}', not text in quotes"
-    if role == "assistant" and not silent and not turn[says].strip():
-        return f"('{turn[speaker]}') has an empty '{says}'"
+def _joined(value): # text, or a list of text parts
+    "One text, or the value as it is."
+    if not isinstance(value, list) or not value: return value
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text"
+             else part for part in value]
+    return "".join(texts) if all(isinstance(text, str) for text in texts) else value
 
-# %% ../../nbs/data/02_rows.ipynb #00data062
-def _turns_problem(row, name, fields):
-    "What is wrong with a column of turns; None if nothing is."
-    turns = row.get(name)
-    if not isinstance(turns, list) or not turns:
-        return f"'{name}' is {_short(turns)}, not a list of turns"
-    for i, turn in enumerate(turns, 1):
-        if p := _turn_problem(turn, fields): return f"'{name}' turn {i} {p}"
-    if not any(ROLES[t[_names(t, fields)[0]]] == "assistant" for t in turns):
-        return f"'{name}' has no turn of the assistant"
+# %% ../../nbs/data/02_rows.ipynb #96c65664
+_FLAGS = ("weight", "train", "training", "loss") # on a turn: is it learned?
 
-def _problem(row, format, fields):
-    "What is wrong with the fields of a row; None if nothing is."
-    needed, other = FORMATS[format]
-    for k in needed + other:
-        name = fields.get(k, k)
-        if k in ("messages", "conversations"): p = _turns_problem(row, name, fields)
-        elif k == "tools":
-            wrong = _tools(row.get(name)) is False
-            p = f"'{name}' is {_short(row[name])}, not a list of JSON schemas" if wrong else None
-        else: p = _column_problem(row, name, optional=k in other)
-        if p: return p
+def _is_learned(turn, role)->bool:
+    "What a turn says of itself; `_Fault` for half a weight, or a question that is to be learned."
+    said = {k: turn[k] for k in _FLAGS if turn.get(k) is not None}
+    for name, value in said.items():
+        if value not in (0, 1):
+            raise _Fault(f"has {_short(value)} as '{name}'; allowed: 0 or false (not learned), 1 or "
+                         "true; weights of whole rows are data.weight_field")
+        if value and role != "assistant" and name != "weight":
+            raise _Fault(f"('{role}') has {_short(value)} as '{name}'; only the assistant's turns "
+                         "are learned: set it to false")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise _Fault(f"has {_short(said)}, which contradict each other")
+    return all(said.values())
 
-# %% ../../nbs/data/02_rows.ipynb #00data064
+# %% ../../nbs/data/02_rows.ipynb #fe453541
 def _unquoted(value):
     "The object or list that a JSON text spells; any other value as it is."
     try: inner = json.loads(value) if isinstance(value, str) else value
     except ValueError: return value
     return inner if isinstance(inner, dict|list) else value
 
+def _call(call):
+    "A call of a function, its arguments as values."
+    function = call.get("function", call) if isinstance(call, dict) else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name:
+        raise _Fault(f"calls a function without a name: {_short(call)}")
+    if "arguments" in function:
+        function = function | dict(arguments=_unquoted(function["arguments"]))
+    return call | dict(function=function) if "function" in call else function
+
+def _calls(value, named)->list:
+    "The calls of a turn, from a list, one object, or the JSON of either."
+    calls = _unquoted(value)
+    if isinstance(calls, dict): calls = [calls]
+    if not isinstance(calls, list): raise _Fault(f"has {_short(value)} as '{named}', not a call")
+    return [_call(call) for call in calls]
+
+# %% ../../nbs/data/02_rows.ipynb #16d60809
 def _tools(value):
     "The list of tools in a cell; None if there are none, False if it holds something else."
     tools = _unquoted(value)
     if tools in (None, "", []): return None
-    return isinstance(tools, list) and all(isinstance(t, dict) for t in tools) and tools
+    if not isinstance(tools, list) or not all(isinstance(t, dict) for t in tools): return False
+    return [dict(type="function", function=t) if "name" in t and "function" not in t else t
+            for t in tools]
 
-def _call(call):
-    function = call.get("function")
-    if isinstance(function, dict): return call | dict(function=_call(function))
-    return call | dict(arguments=_unquoted(call["arguments"])) if "arguments" in call else call
-
+# %% ../../nbs/data/02_rows.ipynb #fd6dea2f
 def _turn(turn, fields):
+    "A turn in the form that templates read; `_Fault` for one that has none."
+    if not isinstance(turn, dict): raise _Fault(f"is {_short(turn)}, not an object")
     speaker, says = _names(turn, fields)
-    rest = {k: v for k, v in turn.items() if k not in (speaker, says) and v is not None}
-    if "tool_calls" in rest: rest["tool_calls"] = [_call(c) for c in rest["tool_calls"]]
-    return dict(role=ROLES[turn[speaker]], content=turn.get(says)) | rest
+    who = turn.get(speaker)
+    role = ROLES.get(who) if isinstance(who, str) else None
+    if role is None:
+        raise _Fault(f"has {_short(who)} as '{speaker}'; allowed: {', '.join(ROLES)}")
+    rest = {k: v for k, v in turn.items() if k not in (speaker, says, *_FLAGS) and v is not None}
+    said = _joined(turn.get(says))
+    if who == "function_call": rest, said = {"function_call": said} | rest, None
+    rest = dict(_standard(k, v) for k, v in rest.items())
+    if role != "assistant" or said is not None or not rest.get("tool_calls"):
+        _check_text(said, who, says=says, silent=role != "assistant" or rest.get("tool_calls"))
+    silenced = not _is_learned(turn, role) and role == "assistant"
+    return dict(role=role, content=said) | rest | (dict(train=False) if silenced else {})
 
-# %% ../../nbs/data/02_rows.ipynb #00data066
+def _standard(name, value): # a field of a turn, calls in one form
+    if name == "tool_calls": return name, _calls(value, name)
+    if name != "function_call": return name, value
+    return "tool_calls", [dict(type="function", function=call.get("function", call))
+                          for call in _calls(value, name)]
+
+def _check_text(said, who, says, silent): # silent: may the text be empty?
+    if not isinstance(said, str):
+        raise _Fault(f"('{who}') has {_short(said)} as '{says}', not text in quotes")
+    if not silent and not said.strip(): raise _Fault(f"('{who}') has an empty '{says}'")
+
+# %% ../../nbs/data/02_rows.ipynb #aa72e84f
+def _turn_list(row, name, fields)->list:
+    "A column of turns."
+    given, turns = row.get(name), []
+    if not isinstance(given, list) or not given:
+        raise _Fault(f"'{name}' is {_short(given)}, not a list of turns")
+    for i, turn in enumerate(given, 1):
+        try: turns.append(_turn(turn, fields))
+        except _Fault as e: raise _Fault(f"'{name}' turn {i} {e}") from None
+    return turns
+
+def _dialogue(row, name, fields)->list:
+    "A column of turns, one of them an answer."
+    turns = _turn_list(row, name, fields)
+    if any(turn["role"] == "assistant" for turn in turns): return turns
+    raise _Fault(f"'{name}' has no turn of the assistant")
+
+# %% ../../nbs/data/02_rows.ipynb #1e53e873
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+
+def _check_row(row, format, fields):
+    "`_Fault` for a column that is missing or of another type, or that the kit cannot honour."
+    needed, other = FORMATS[format]
+    turns = {"messages", "conversations", "history"}
+    for k in needed + other:
+        name = fields.get(k, k)
+        value = row.get(name)
+        if k in turns or k in ("prompt", "completion") and isinstance(value, list|dict): continue
+        if k in ("tools", "functions"):
+            if _tools(value) is False:
+                raise _Fault(f"'{name}' is {_short(value)}, not a list of JSON schemas")
+        elif problem := _column_problem(row, name, optional=k in other): raise _Fault(problem)
+    for name in set(_MEDIA) - set(fields.values()):
+        if row.get(name):
+            raise _Fault(f"'{name}' is {_short(row[name])}, and a text model learns from text; "
+                         "delete the column, or the rows that need it")
+    if format == "prompt_completion" and row.get("label") in (False, "false", "False"):
+        raise _Fault("'label' is false, an answer that people disliked (KTO); keep the rows whose "
+                     "label is true, or rename the column if it means something else")
+
+# %% ../../nbs/data/02_rows.ipynb #59f86eaa
 def _turns(row, format, fields):
-    "The turns of a row that has no fault."
+    "The turns of a row; `_Fault` for one that has none."
+    _check_row(row, format, fields)
     def get(name): return row.get(fields.get(name, name)) or ""
     if format == "text": return [dict(role="text", content=get("text"))]
-    if format == "messages": turns = [_turn(t, fields) for t in get("messages")]
-    elif format == "sharegpt": turns = [_turn(t, fields) for t in get("conversations")]
-    elif format == "prompt_completion":
-        turns = [dict(role="user", content=get("prompt")),
-                 dict(role="assistant", content=get("completion"))]
+    if format == "messages": turns = _dialogue(row, fields.get("messages", "messages"), fields)
+    elif format == "sharegpt":
+        turns = _dialogue(row, fields.get("conversations", "conversations"), fields)
+    elif format == "prompt_completion": turns = _asked_and_said(row, fields)
     else:
         asked = get("instruction") + (f"\n\n{get('input')}" if get("input").strip() else "")
-        turns = [dict(role="user", content=asked), dict(role="assistant", content=get("output"))]
+        turns = [*_history(get("history") or []), dict(role="user", content=asked),
+                 dict(role="assistant", content=get("output"))]
     return [dict(role="system", content=get("system"))]*bool(get("system")) + turns
+
+def _history(pairs):
+    "Earlier questions and answers."
+    fits = isinstance(pairs, list) and all(isinstance(p, list) and len(p) == 2 for p in pairs)
+    if not fits or not all(isinstance(text, str) for pair in pairs for text in pair):
+        raise _Fault(f"'history' is {_short(pairs)}, not a list of pairs: question, answer")
+    return [dict(role=role, content=text) for pair in pairs
+            for role, text in zip(("user", "assistant"), pair)]
+
+# %% ../../nbs/data/02_rows.ipynb #219f7b11
+def _asked_and_said(row, fields):
+    "A prompt and its completion, each a text, a turn or a list of turns."
+    def part(name, role):
+        column = fields.get(name, name)
+        value = row[column]
+        if isinstance(value, str): return [dict(role=role, content=value)]
+        if isinstance(value, dict): row[column] = [value]
+        elif not all(isinstance(turn, dict) for turn in value):
+            raise _Fault(f"'{column}' is {_short(value)}, not text in quotes, nor a list of turns")
+        return _turn_list(row, column, fields)
+    row = dict(row)
+    prompt, said = part("prompt", "user"), part("completion", "assistant")
+    if prompt[-1]["role"] == "assistant":
+        raise _Fault("'prompt' ends with a turn of the assistant; end it with the question")
+    if not any(turn["role"] == "assistant" for turn in said):
+        raise _Fault("'completion' has no turn of the assistant")
+    asked = [turn | dict(train=False) if turn["role"] == "assistant" else turn for turn in prompt]
+    return asked + said
+
+def _problem(row, format, fields):
+    "What is wrong with the fields of a row; None if nothing is."
+    try: _turns(row, format, fields)
+    except _Fault as e: return str(e)
 
 # %% ../../nbs/data/02_rows.ipynb #00data068
 def with_system(
@@ -352,7 +515,8 @@ def conversation(
         raise UserError(f"{where}: {problem}. {_rule(format, fields)}")
     used = {fields.get(k, k) for k in chain(*FORMATS[format])} | {"_where"}
     meta = {k: v for k,v in row.items() if k not in used and v is not None}
-    tools = _tools(row.get(fields.get("tools", "tools"))) if "tools" in FORMATS[format][1] else None
+    columns = [fields.get(k, k) for k in ("tools", "functions") if k in FORMATS[format][1]]
+    tools = next(filter(None, (_tools(row.get(column)) for column in columns)), None)
     return with_system(Conversation(_turns(row, format, fields), where, meta=meta, tools=tools),
                        system_prompt)
 
@@ -370,8 +534,8 @@ def load_conversations(
     say:Callable[[str],None]=lambda line: None, # called with one line: the format recognised
 )->list[Conversation]: # n conversations, in the order of the source
     "Read a source as conversations; one `UserError` counts all bad rows and shows three."
-    rows, name = load_rows(source), Path(source).name
-    fields = fields or {}
+    fields, name = fields or {}, Path(source).name
+    rows = load_rows(source, {*_COLUMNS, *fields.values()})
     format = _choose(rows.column_names, format, fields=fields, name=name, say=say)
     rows = list(rows)
     bad = [f"{_place(source, r['_where'])}: {p}" for r in rows
@@ -402,7 +566,8 @@ def stream_conversations(
 # %% ../../nbs/data/02_rows.ipynb #00data089
 def _stream(rows, source, system_prompt, *, format, fields, say):
     "Conversations of (file, place, row)."
-    rows = (_checked(row, f"{name} {where}") for name, where, row in rows)
+    used = {*_COLUMNS, *fields.values()}
+    rows = (_checked(row, f"{name} {where}", used) for name, where, row in rows)
     first = list(islice(rows, 100))
     if not first:
         raise UserError(f"{source}: received no rows; training needs at least one: check that this "
@@ -412,11 +577,11 @@ def _stream(rows, source, system_prompt, *, format, fields, say):
     for row in chain(first, rows):
         yield conversation(row, format, system_prompt=system_prompt, fields=fields)
 
-def _checked(row, where):
-    if p := _not_a_row(row):
+def _checked(row, where, used):
+    if p := _not_a_row(row, used):
         raise UserError(f"{where}: {p}; a row is an object such as {{\"instruction\": …, "
                         "\"output\": …}")
-    return row | dict(_where=where)
+    return _readable(row) | dict(_where=where)
 
 # %% ../../nbs/data/02_rows.ipynb #00data093
 @dataclass

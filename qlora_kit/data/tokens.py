@@ -118,6 +118,7 @@ def _take_end(tokenizer, template):
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens038
 def _render(tokenizer, messages, generation=False, tools=None)->str:
+    messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                              add_generation_prompt=generation)
@@ -284,6 +285,19 @@ def _check_heard(tokenizer, messages, tools):
                             f"{len(messages)}, the answer of a tool; set data.template to one that "
                             "writes it")
 
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning") # fields of a message, by family
+
+def _check_thoughts(tokenizer, messages, tools):
+    "`UserError` for a thought in a field that the template never writes."
+    for i, message in enumerate(messages):
+        thoughts = [k for k in _THOUGHTS if isinstance(message.get(k), str) and message[k].strip()]
+        if message["role"] != "assistant" or not thoughts: continue
+        other = message | {k: f"{message[k]} zqthink" for k in thoughts}
+        if "zqthink" in _render(tokenizer, [*messages[:i], other], tools=tools): continue
+        raise UserError(f"{_name(tokenizer)}: its chat template leaves out {' and '.join(thoughts)} "
+                        f"of message {i+1} of {len(messages)}; delete the field, write the thought "
+                        "into content, or set data.template to one that writes it")
+
 # %% ../../nbs/data/03_tokens.ipynb #01tokens052
 def mark_answers(
     tokenizer:PreTrainedTokenizerBase, # with a chat template
@@ -359,10 +373,19 @@ LOSS_ON = ("assistant", "completion", "all")
 
 def _marked(tokenizer, messages, tools, loss_on):
     "The text to train on, and the characters of it that are learned."
-    if loss_on == "assistant": return mark_answers(tokenizer, messages, tools=tools)
-    if loss_on == "completion": return mark_last(tokenizer, messages, tools)
-    if loss_on != "all":
+    if loss_on not in LOSS_ON:
         raise UserError(f"data.loss_on: received {loss_on!r}; allowed: {', '.join(LOSS_ON)}")
+    learned = [m.get("train", True) for m in messages if m["role"] == "assistant"]
+    _check_thoughts(tokenizer, messages, tools)
+    if loss_on == "assistant":
+        text, spans = mark_answers(tokenizer, messages, tools=tools)
+        return text, [span for span, on in zip(spans, learned) if on]
+    if loss_on == "completion":
+        text, spans = mark_last(tokenizer, messages, tools)
+        return text, spans if learned[-1] else []
+    if not all(learned):
+        raise UserError("data.loss_on=all learns every token, and a turn of this row says that it "
+                        "is not to be learned (weight, train); set it to assistant")
     try: text, _ = mark_answers(tokenizer, messages, tools=tools)
     except Rewritten: text = _render(tokenizer, messages, tools=tools)
     return text, [(0, len(text))]
@@ -474,6 +497,7 @@ def encode_turns(
         return [encode(tokenizer, c.messages, max_length=max_length, where=c.where, tools=c.tools,
                        loss_on=loss_on)]
     except Rewritten: answers = [i for i, m in enumerate(c.messages, 1) if m["role"] == "assistant"]
+    answers = [i for i in answers if c.messages[i-1].get("train", True)] or answers[-1:]
     return [encode(tokenizer, c.messages[:i], max_length=max_length, where=c.where, tools=c.tools,
                    loss_on="completion") for i in answers]
 

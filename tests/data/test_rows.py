@@ -235,6 +235,93 @@ def test_a_bad_turn_is_named_by_row_and_field(tmp_path, row, told):
     with pytest.raises(UserError, match=f"bad.json row 1: .*{told}"): list(stream_conversations(path))
 
 
+ASK, SAY = dict(role="user", content="q"), dict(role="assistant", content="a")
+SCHEMA = dict(name="f", description="d", parameters=dict(type="object", properties={}))
+USED = [ASK, dict(role="assistant", content=None, tool_calls=[dict(type="function", function=dict(name="f", arguments=dict(x=1)))]), dict(role="tool", content="42"), SAY]
+
+
+@pytest.mark.parametrize("row, messages", [
+    # OpenAI's fine-tuning files, Axolotl's, ms-swift's: turns that are not learned
+    *[(dict(messages=[ASK, SAY | flag, ASK, SAY]), [ASK, SAY | dict(train=False), ASK, SAY]) for flag in (dict(weight=0), dict(train=False), dict(training=False), dict(loss=False))],
+    (dict(messages=[ASK | dict(weight=0), SAY | dict(weight=1)]), [ASK, SAY]),
+    # LLaMA-Factory's and glaive's ShareGPT
+    (dict(conversations=turns(("human", "q"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'), ("observation", "42"), ("gpt", "a"), a="from", b="value"), tools=json.dumps([SCHEMA])), USED),
+    (dict(conversations=turns(("gpt", "a"), ("human", "q"), ("chatgpt", "a"), a="from", b="value")), [SAY, ASK, SAY]),
+    # OpenAI before tool_calls, and exports whose calls are JSON in quotes
+    (dict(messages=[ASK, dict(role="assistant", content=None, function_call=dict(name="f", arguments='{"x": 1}')), dict(role="function", content="42"), SAY], functions=[SCHEMA]), USED),
+    (dict(messages=[ASK, USED[1] | dict(tool_calls=json.dumps(USED[1]["tool_calls"])), USED[2], SAY], tools=[dict(type="function", function=SCHEMA)]), USED),
+    # content in parts; TRL's prompt and completion, whose earlier answers are read
+    (dict(messages=[ASK | dict(content=[dict(type="text", text="q")]), SAY | dict(content=["a"])]), [ASK, SAY]),
+    (dict(prompt=[ASK, SAY, ASK], completion=[SAY]), [ASK, SAY | dict(train=False), ASK, SAY]),
+    (dict(prompt=[ASK], completion=USED[1:], tools=[SCHEMA]), USED), (dict(prompt=[ASK], completion="a"), [ASK, SAY]),
+    (dict(instruction="r", input="", output="b", history=[["q", "a"]]), [ASK, SAY, *turns(("user", "r"), ("assistant", "b"))])])
+def test_what_other_tools_write_is_read(tmp_path, row, messages):
+    (c,) = load_conversations(write(tmp_path, "r.json", json.dumps([row])))
+    assert c.messages == messages and c.meta == {}
+    if messages is USED: assert c.tools == [dict(type="function", function=SCHEMA)]
+
+
+@pytest.mark.parametrize("row, told", [
+    (dict(messages=[ASK, SAY | dict(weight=0.5)]), "turn 2 has 0.5 as 'weight'; allowed: 0 or false"), (dict(messages=[ASK, SAY | dict(weight=1, train=False)]), "contradict each other"),
+    (dict(messages=[ASK | dict(train=True), SAY]), "only the assistant's turns are learned"), (dict(prompt="q", completion="a", label=False), "people disliked"),
+    *[(dict(messages=[ASK, SAY], **{media: ["x"]}), f"'{media}' is .*text model") for media in ("images", "audios", "videos")],
+    (dict(messages=[ASK | dict(content=[dict(type="image"), dict(type="text", text="q")]), SAY]), 'has .{2}"type": "image".*not text'),
+    (dict(messages=[ASK, SAY | dict(tool_calls=[dict(function=dict(arguments="{}"))])]), "calls a function without a name"), (dict(messages=[ASK, SAY | dict(tool_calls="f()")]), "not a call"),
+    (dict(prompt=[ASK, SAY], completion="a"), "'prompt' ends with a turn of the assistant"), (dict(instruction="q", output="a", history=["q"]), "not a list of pairs")])
+def test_what_a_row_says_and_cannot_be_honoured_is_named(tmp_path, row, told):
+    with pytest.raises(UserError, match=f"row 1: .*{told}"): load_conversations(write(tmp_path, "bad.json", json.dumps([row])))
+
+
+@pytest.mark.parametrize("row", [dict(prompt="q", chosen="a", rejected="b"), dict(chosen=[ASK, SAY], rejected=[ASK, SAY]), dict(prompt="q", completion="a", rejected="b")])
+def test_of_two_answers_one_is_chosen_by_name(tmp_path, row):
+    path = write(tmp_path, "dpo.json", json.dumps([row]))
+    with pytest.raises(UserError, match="preference data"): load_conversations(path)
+    if "chosen" in row:
+        named = dict(messages="chosen") if "prompt" not in row else dict(completion="chosen")
+        assert load_conversations(path, fields=named)[0].messages == [ASK, SAY]
+
+
+def test_fields_that_parquet_added_are_not_learned(tmp_path):
+    """Two tools of one parameter each: Arrow's struct has both, and fills in nulls; in JSON a null is what somebody wrote."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    calls = [[dict(type="function", function=dict(name=name, arguments=arguments))] for name, arguments in (("f", dict(day="Monday")), ("g", dict(city="Oslo")))]
+    rows = [dict(messages=[ASK, dict(role="assistant", content="", tool_calls=call)]) for call in calls]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path/"r.parquet")
+    assert pq.read_table(tmp_path/"r.parquet").to_pylist()[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == dict(city=None, day="Monday")
+    assert [c.messages[1]["tool_calls"] for c in load_conversations(tmp_path/"r.parquet")] == calls
+    calls[0][0]["function"]["arguments"]["city"] = None
+    assert load_conversations(write(tmp_path, "r.json", json.dumps(rows)))[0].messages[1]["tool_calls"] == calls[0]
+
+
+def test_files_of_old_spreadsheets_and_packers(tmp_path):
+    import gzip
+
+    rows = [dict(instruction="q" * 200_000, output="a"), dict(instruction="r", output="b\rc")]
+    table = 'instruction,output\r"{}",a\rr,"b\rc"\r'.format(rows[0]["instruction"])
+    (tmp_path/"mac.csv").write_bytes(table.encode())
+    (tmp_path/"rows.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+    expected = [conversation(row).messages for row in rows]
+    for name in ("mac.csv", "rows.jsonl.gz"):
+        assert [c.messages for c in load_conversations(tmp_path/name)] == expected == [c.messages for c in stream_conversations(tmp_path/name)]
+    (tmp_path/"torn.jsonl.gz").write_bytes((tmp_path/"rows.jsonl.gz").read_bytes()[:-9])
+    (tmp_path/"twice.csv").write_text("output,instruction,output\na,q,b\n")
+    for name, told in (("torn.jsonl.gz", "not a whole gzip file"), ("twice.csv", "the column 'output' 2 times")):
+        with pytest.raises(UserError, match=told): load_conversations(tmp_path/name)
+
+
+def test_nan_costs_a_row_only_where_it_is_used(tmp_path):
+    row = dict(instruction="q", output="a", score=float("nan"), more=dict(x=float("inf")))
+    (c,) = load_conversations(write(tmp_path, "r.json", json.dumps([row])))
+    assert c.messages == [ASK, SAY] and c.meta == dict(score="nan", more="{'x': inf}")
+    path = write(tmp_path, "bad.json", json.dumps([row | dict(output=float("nan"))]))
+    for read in (load_conversations, lambda path: list(stream_conversations(path))):
+        with pytest.raises(UserError, match='"output" holds NaN'): read(path)
+    path = write(tmp_path, "mapped.json", json.dumps([dict(question="q", answer=float("nan"))]))
+    with pytest.raises(UserError, match='"answer" holds NaN'): load_conversations(path, fields=QA)
+
+
 def test_mappings_and_formats_are_checked():
     for args, told in (((["a"], "csv"), "data.format: received 'csv'; allowed: auto, messages"), ((["question"], "auto", dict(promt="question")), "received the name 'promt'"),
                        ((["a"], "auto", QA), "prompt is mapped to 'question', which is not among"), ((["prompt"], "alpaca"), "allowed: alpaca: instruction, output")):

@@ -363,3 +363,28 @@ def test_a_tokenizer_without_eos_takes_the_end_of_its_template_or_says_what_a_co
     with pytest.raises(UserError, match="set data.template to chatml$"): ensure_template(without(CHATML), "headings")
     bare = Tokenizer(models.BPE())
     with pytest.raises(UserError, match='add "eos_token" to tokenizer_config.json'): ensure_template(PreTrainedTokenizerFast(tokenizer_object=bare))
+
+
+REWRITES = CHATML.replace("{{ m.content }}", "{{ m.content if loop.last else m.content | truncate(3, True, '') }}")
+
+
+@pytest.mark.parametrize("template", [None, CHATML, OPEN, REWRITES])
+def test_turns_that_say_so_are_read_and_not_learned(template):
+    """An answer with `train: false` is in the text, and no token of it is a target; with a template that rewrites, it gets no example of its own."""
+    tok, said = tokenizer(template), talk("one.", "two.", "three.")
+    quiet = [m | dict(train=False) if m["content"] == "two." else m for m in said]
+    runs = [run for e in encode_turns(tok, Conversation(quiet)) for run in learned(tok, e)]
+    assert [run.strip()[:3] for run in runs] == ["one", "thr"]
+    if template != REWRITES: assert encode(tok, quiet).ids == encode(tok, said).ids
+    last = [*said[:-1], said[-1] | dict(train=False)]
+    assert not any(encode(tok, last, loss_on="completion").targets)
+    with pytest.raises(UserError, match="not to be learned"): encode(tok, last, loss_on="all")
+
+
+def test_a_thought_that_the_template_drops_is_an_error():
+    """Two families, two names of the field; a template that writes it teaches it."""
+    said = [*talk("four")[:-1], dict(role="assistant", content="four", reasoning_content="2 and 2")]
+    with pytest.raises(UserError, match="leaves out reasoning_content of message 2 of 2"): encode(tokenizer(CHATML), said)
+    writes = CHATML.replace("{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}")
+    tok = tokenizer(writes)
+    assert learned(tok, encode(tok, said)) == ["<think>2 and 2</think>four<|im_end|>"]
