@@ -197,7 +197,8 @@ def usable_folder(
     if (folder/"adapter_config.json").exists() and not has_config:
         base = json.loads((folder/"adapter_config.json").read_text()).get("base_model_name_or_path")
         raise UserError(f"{where} is an adapter; put the model that it adapts there: {base}")
-    if not has_config and (ggufs := sorted(folder.glob("*.gguf"))):
+    ggufs = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+    if not has_config and ggufs:
         raise UserError(f"{where} holds GGUF; name one file: {', '.join(map(str, ggufs))}")
     if not has_config or not (found := usable(folder)):
         raise UserError(f"{where} holds no model; expected config.json with model.safetensors (or "
@@ -212,7 +213,7 @@ def resolve_base(
     "Find a base model; fetch or convert it where needed, once."
     path = Path(base_model).expanduser()
     if path.is_dir(): return usable_folder(path.resolve())
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise UserError(f"base_model: {path} does not exist; check the path (it is taken from "
                             "the current folder)")

@@ -35,6 +35,7 @@ from ..model.lora import add_lora, check_adapter, check_init, load_adapter, STAR
 from ..model.sharded import load_sharded
 from .config import call_with, DataConfig, load_hook, looks_like_path, RunConfig
 from .monitor import memory_gb
+from .run_folder import fingerprints
 from .trackers import check_tracker
 from ..training.engine import (
     compute_dtype, DeepSpeedEngine, LocalEngine, make_optimizer, optimizer_class, RankInfo)
@@ -275,6 +276,7 @@ class Job:
     notes: list = field(default_factory=list) # lines for the person who watches
     predicted: float | None = None # GB at the peak
     buffers: int = 2 # layers that are whole at a time, at stage 3
+    same: dict = field(default_factory=dict) # fingerprints of rows and base
 
     @property
     def device(self)->str: return self.place.device
@@ -293,6 +295,7 @@ def make_job(cfg:RunConfig, # the run
     base:Path=Path("."), # folder of the config file
     predict=None, # folder of the model, tokens of the longest row → as `predict_memory` says
     deepspeed:str|None=None, # path of a DeepSpeed file
+    check=None, # called with the fingerprints of rows and base, before the model is loaded
     )->Job:
     "Rows, tokens, model: everything that the loop needs."
     m, d = cfg.model, cfg.data
@@ -303,6 +306,8 @@ def make_job(cfg:RunConfig, # the run
     weights = row_weights(chain(*rows), d.weight_field) if d.weight_field else None
     feed = make_feed(cfg, train, pad_id=tokenizer.pad_token_id, ranks=place.ranks, weights=weights)
     if feed.capacity: notes.append(_how_full(feed))
+    same = fingerprints(train, weights, folder)
+    if check: check(same)
     longest = feed.capacity or max(feed.lengths, default=0)
     predicted, levels, buffers = predict(folder, longest) if predict else (None, "none", 2)
     zero = None
@@ -313,7 +318,8 @@ def make_job(cfg:RunConfig, # the run
     feed.joined = place.device == "cpu" and attend_documents(model)
     return Job(cfg, Path(run), place=place, tokenizer=tokenizer, model=model,
                base=adapter_base(m.base_model, folder), train=train, feed=feed, val=val,
-               plan=_schedule(cfg, feed), notes=notes, predicted=predicted, buffers=buffers)
+               plan=_schedule(cfg, feed), notes=notes, predicted=predicted, buffers=buffers,
+               same=same)
 
 # %% ../../nbs/run/07_assemble.ipynb #15train040
 def make_engine(job:Job, # the run

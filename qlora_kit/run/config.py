@@ -411,7 +411,7 @@ def looks_like_path(base_model:str, # as the config names it
     )->bool: # a hub id has exactly one slash and does not begin with a dot, slash or tilde
     "Does `base_model` name a place on this disk rather than a model on the hub?"
     begins = base_model.startswith((".", "/", "~"))
-    return begins or base_model.endswith(".gguf") or base_model.count("/") > 1
+    return begins or base_model.lower().endswith(".gguf") or base_model.count("/") > 1
 
 # %% ../../nbs/run/01_config.ipynb #14config057
 def read_yaml(path:Path, # the config file

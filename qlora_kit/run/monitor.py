@@ -475,8 +475,17 @@ def _lives_elsewhere(folder, locked):
         time.sleep(BEAT/4)
     return True
 
+def _settled(folder): # as `holder`, once who has just taken it has written its name
+    for _ in range(20):
+        said = holder(folder)
+        here = said and said["host"] == socket.gethostname()
+        if said and (not here or psutil.pid_exists(said["pid"])): break
+        time.sleep(0.05)
+    return said
+
 def _taken(folder):
-    said, age = holder(folder), max(0., time.time() - _touched(folder))
+    age = max(0., time.time() - _touched(folder))
+    said = _settled(folder)
     who = f"process {said['pid']} on {said['host']}" if said else "another process"
     return (f"{folder}: {who} trains in this folder, its last sign of life came {age:.0f} s ago; "
             f"wait until it has ended, or end it after its step: touch {folder}/control/stop")

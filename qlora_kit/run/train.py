@@ -31,8 +31,8 @@ from .interruptions import (
 from .monitor import (
     clear_requests, Monitor, read_requests, release, truncate_metrics, write_state)
 from .run_folder import (
-    already_reported, environment, heartbeat, keep_step, lost_ranks, open_log, open_run, read_state,
-    requests, restore, save, still_ours, summarize)
+    already_reported, check_same, environment, heartbeat, keep_step, lost_ranks, open_log,
+    open_run, read_state, requests, restore, run_name, save, still_ours, summarize)
 from .trackers import open_tracker
 from ..training.engine import compute_dtype, join_ranks, LocalEngine, RankInfo
 from ..training.loop import (
@@ -55,7 +55,8 @@ def fit_job(job:Job, engine, progress:Progress, *, # where to begin; changed in 
         return train_step(engine, batches, lr=lr, seed=t.seed, step=number,
                           count=job.feed.count(number))
     def keep(progress):
-        save(job.run, engine, progress=progress, size=plan.size, keep=t.save_total_limit)
+        save(job.run, engine, progress=progress, size=plan.size, keep=t.save_total_limit,
+             same=job.same)
     evaluate = partial(evaluate_step, job, engine) if job.val else None
     return fit(step, plan, progress=progress, save=keep, log=log, evaluate=evaluate,
                ask=partial(_why_end, job, engine, signals))
@@ -101,14 +102,26 @@ def _answers(path):
 def _keep_answers(path, rows, references, *, which, answers):
     "One entry per question: prompt, reference, meta, and the answers so far."
     plain = [{k: v for k, v in c.meta.items() if isinstance(v, (str, int, float))} for c in rows]
-    kept = _answers(path) or [dict(prompt=c.messages[-2]["content"], reference=r, **meta)
-                              for c, r, meta in zip(rows, references, plain)]
+    asked = [dict(prompt=c.messages[-2]["content"], reference=r) | meta
+             for c, r, meta in zip(rows, references, plain)]
+    kept = _answers(path)
+    if not kept or not _same_questions(kept, asked): kept = asked
     for entry, a in zip(kept, answers): entry[which] = a
     write_atomic(path, json.dumps(kept, ensure_ascii=False, indent=1))
 
-def _score_kept(path, which, say):
+def _same_questions(kept, asked): # entries of answers.json
+    "Whether the answers that are there belong to these questions."
+    return [(e["prompt"], e["reference"]) for e in kept] == [
+        (e["prompt"], e["reference"]) for e in asked]
+
+def _score_kept(path, which, say, rows=None): # rows: of the score file now
     "The score of answers that an earlier part of this run has written."
     kept = _answers(path)
+    now = rows and [dict(prompt=c.messages[-2]["content"], reference=c.messages[-1]["content"])
+                    for c in rows]
+    if kept and now and not _same_questions(kept, now):
+        return say(f"{path}: the questions are others now, so the answers from {which} training do "
+                   "not belong to them; the score compares nothing")
     if kept is None:
         say(f"{path}: damaged; the answers from {which} training are lost, and the run goes on "
             "without their score")
@@ -237,9 +250,11 @@ def _join(cfg, deepspeed): # this process among the ranks
         raise already_reported(e, place.rank > 0)   # every rank finds the same; one line is enough
     return place
 
-def _begin_folder(cfg, run, place):
+def _begin_folder(cfg, run, place, name):
     write_atomic(run/"config.yaml", config_yaml(cfg))
-    write_atomic(run/"environment.json", json.dumps(environment(cfg, place), indent=2))
+    about = environment(cfg, place, name)
+    about["name"] = run_name(run) or about["name"] # a resume may come from another file
+    write_atomic(run/"environment.json", json.dumps(about, indent=2))
     (run/"control").mkdir(exist_ok=True)
     clear_requests(run)
 
@@ -269,14 +284,24 @@ def _fit_watched(job, engine, *, progress, log, signals, say, quiet): # why it e
     finally: monitor.close()
 
 # %% ../../nbs/run/08_train.ipynb #15train115
-def _train(cfg, run, *, checkpoint, place, log, signals, say, quiet, debug, deepspeed, base,
+def _refuse_others(checkpoint, force, say, same):
+    "A run goes on with the rows and the base that it began with, unless `--force` says otherwise."
+    if not (wrong := check_same(checkpoint, same)): return
+    if not force:
+        raise UserError(f"--resume: {wrong}; put them back, start a new run (model.start_adapter: "
+                        f"{checkpoint.parents[1]}/adapter begins with what this one learned), or "
+                        "--force to go on with what is there now")
+    say(f"--force: {wrong}; the run goes on with what is there now")
+
+def _train(cfg, run, *, name, checkpoint, place, log, signals, say, quiet, debug, deepspeed, base,
            force):
     rank0 = place.rank == 0
     if checkpoint: cfg = keep_step(cfg, checkpoint, place.ranks)
-    if rank0: _begin_folder(cfg, run, place)
+    if rank0: _begin_folder(cfg, run, place=place, name=name)
     predict = partial(predict_memory, cfg, place, log=log, say=say, deepspeed=deepspeed,
                       force=force)
-    job = make_job(cfg, run, place=place, base=base, predict=predict, deepspeed=deepspeed)
+    job = make_job(cfg, run, place=place, base=base, predict=predict, deepspeed=deepspeed,
+                   check=checkpoint and partial(_refuse_others, checkpoint, force, say))
     for note in job.notes:
         say(note)
         log.warning(note)
@@ -288,7 +313,8 @@ def _train(cfg, run, *, checkpoint, place, log, signals, say, quiet, debug, deep
     check_document_isolation(engine, job.feed, compute_dtype(cfg.training.dtype, place.device))
     say(f"{len(job.train)} training rows, {len(job.val)} for validation; {job.plan.total} steps of "
         f"{job.plan.size} {'sequences' if job.feed.capacity else 'rows'}; results in {run}")
-    before = _score_kept(run/"answers.json", "before", say)
+    rows = load_questions(cfg.data) if cfg.data.score != "none" else None
+    before = _score_kept(run/"answers.json", "before", say=say, rows=rows)
     if before is None and not checkpoint: before = answer(job, engine, "before")
     status = _fit_watched(job, engine, progress=progress, log=log, signals=signals, say=say,
                           quiet=quiet)
@@ -303,7 +329,7 @@ def train(cfg:RunConfig, # the run
     debug:bool=False, # verbose log, first batch shown
     quiet:bool=False, # no live line
     base:Path=Path("."), # folder of the config file
-    force:bool=False, # start also what cannot fit
+    force:bool=False, # start also what cannot fit, resume also with other rows or another base
     )->Result:
     "Run a config from beginning, or from a checkpoint, to adapter."
     place = _join(cfg, deepspeed)
@@ -314,7 +340,7 @@ def train(cfg:RunConfig, # the run
         log = open_log(run, place.rank, debug)
         with Signals() as signals:
             try:
-                return _train(cfg, run, checkpoint=checkpoint, place=place, log=log,
+                return _train(cfg, run, name=name, checkpoint=checkpoint, place=place, log=log,
                               signals=signals, say=say, quiet=quiet, debug=debug,
                               deepspeed=deepspeed, base=base, force=force)
             except BaseException as e:

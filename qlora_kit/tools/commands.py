@@ -384,7 +384,8 @@ EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143} # 128 + the signal's number, as she
 Resume = Annotated[str | None, Option(metavar="[DIR]", help="Go on from the newest checkpoint of "
     "this config's newest run, or of the run folder given")]
 Debug = Annotated[bool, Option(help="Verbose logs, first batch shown, tracebacks")]
-Force = Annotated[bool, Option(help="Start even if memory cannot suffice")]
+Force = Annotated[bool, Option(help="Start even if memory cannot suffice, or resume with "
+                                    "other rows or another base")]
 LocalRank = Annotated[int | None, Option(
     "--local_rank", "--local-rank", hidden=True, help="As the deepspeed launcher says")]
 
@@ -581,11 +582,11 @@ def held_out_rows(target:str, # run folder, adapter folder, or a base model
                         "current folder)")
     cfg, config = _config_of(target, data)
     if data is not None: cfg.data.train_file = cfg.data.validation_file = str(data)
-    cfg.data.score, cfg.data.streaming = "none", False
+    cfg.data.score = "none"
     if cfg.data.load_dataset:
         cfg.data.load_dataset = _run_hook(cfg.data.load_dataset, config, data=data,
                                           trusted=trust_hooks)
-    rows = read_rows(cfg, Path.cwd())[1]
+    rows = list(read_rows(cfg, Path.cwd())[1]) # the run's own splitter, streaming or not
     if not rows:
         raise UserError(f"{target} held no rows out (data.validation_split is 0); give some with "
                         "--data FILE")

@@ -67,7 +67,7 @@ class Progress:
 
     def evaluated(self, loss:float)->bool: # loss: on the validation examples; is it the best one?
         "Remember the best loss, and how long ago it was."
-        better = self.best_val is None or loss < self.best_val
+        better = self.best_val is None or not loss >= self.best_val # a best that is NaN is none
         self.waiting = 0 if better else self.waiting+1
         if better:
             self.best_val = loss
@@ -183,6 +183,7 @@ def fit(step, # number of a step, from 0 → `Step`
     )->str: # why it ended: done, or what `ask` said
     "The training loop."
     meter, before = Meter(schedule, log), None
+    if progress.step and (asked := ask(progress)) not in (None, "save"): return asked
     for number in range(progress.step + 1, schedule.total + 1):
         now = step(number - 1)
         if before: meter.log(before, before.read(), seen=progress.tokens)
@@ -191,7 +192,7 @@ def fit(step, # number of a step, from 0 → `Step`
         last = number == schedule.total
         due = evaluate and (last or number % schedule.eval_every == 0)
         numbers = now.read() if due else None
-        found = {"val_loss": meter.aside(evaluate)} if due else {}
+        found = {"val_loss": _finite(meter.aside(evaluate), number)} if due else {}
         best = due and progress.evaluated(found["val_loss"])
         asked = ask(progress)
         end = asked if asked not in (None, "save") else "done" if last else None
@@ -203,6 +204,12 @@ def fit(step, # number of a step, from 0 → `Step`
         if keep: meter.aside(save, progress)
         if end: return end
     return "done"
+
+def _finite(loss, number): # of the validation examples
+    if math.isfinite(loss): return loss
+    raise RunFailed(f"the validation loss is {loss} at step {number}; what was trained gives no "
+                    "numbers there: resume from an earlier checkpoint with other rows, or start a "
+                    "new run with a lower training.learning_rate")
 
 # %% ../../nbs/training/06_loop.ipynb #trainingloop035
 REASONS = ("early_stop", "stop", "SIGINT", "SIGTERM")

@@ -17,6 +17,9 @@ from qlora_kit.training.loop import RunFailed
 from qlora_kit.run.checkpoint import checkpoints, load_checkpoint
 from qlora_kit.run.config import load_config
 from qlora_kit.run.monitor import read_metrics
+from qlora_kit.run.run_folder import environment, newest_run
+from qlora_kit.run.train import train
+from qlora_kit.training.engine import RankInfo
 
 
 @pytest.mark.parametrize("step", [1, 4, 7])
@@ -46,6 +49,48 @@ def test_resume_refuses_another_learning_rate(whole):
 def test_a_run_is_never_written_over(tiny_config):
     path = tiny_config("twice", training__max_steps=1)
     assert [run(path).run.name for _ in range(3)] == ["twice", "twice-2", "twice-3"]
+
+
+@pytest.mark.parametrize("name", ["llama", "a[1]b", "50%"])
+def test_the_newest_run_is_one_of_this_config(tiny_config, monkeypatch, name):
+    """runs/NAME-3 is the third run of NAME.yaml, or the first of NAME-3.yaml; a name may hold what a glob would read."""
+    path, other = (tiny_config(stem, training__max_steps=1, training__save_steps=1, training__output_dir=None) for stem in (name, f"{name}-3"))
+    monkeypatch.chdir(path.parent)
+    runs = [run(p).run.name for p in (path, path, other)]
+    assert runs == [name, f"{name}-2", f"{name}-3"]
+    assert newest_run(load_config(path), path.stem).name == f"{name}-2" and newest_run(load_config(other), other.stem).name == f"{name}-3"
+    (path.parent / f"runs/{name}-3/environment.json").unlink()  # of an older kit, which recorded no name
+    assert newest_run(load_config(path), path.stem).name == f"{name}-3"
+
+
+def test_a_tilde_is_the_home_and_no_folder(tiny_config, monkeypatch):
+    path = tiny_config("tilde", training__max_steps=1, training__output_dir="~/runs/tilde")
+    monkeypatch.setenv("HOME", str(path.parent / "home"))
+    monkeypatch.chdir(path.parent)
+    assert run(path).run == path.parent / "home/runs/tilde" and not (path.parent / "~").exists()
+
+
+def test_no_git_is_no_commit(tiny_config, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert environment(load_config(tiny_config("plain")), RankInfo())["commit"] is None
+
+
+def test_resume_refuses_other_rows_and_another_base(tiny_config, tiny_llama, tmp_path, capsys):
+    """One letter of one answer, and one number of the base, in place; `--force` goes on and says so."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_llama, base)
+    path = tiny_config("same", model__base_model=str(base), training__max_steps=2, training__save_steps=1)
+    first = run(path)
+    shutil.rmtree(checkpoints(first.run)[0])
+    rows, weights = path.parent / "rows.json", base / "model.safetensors"
+    kept = rows.read_text(), weights.read_bytes()
+    rows.write_text(kept[0].replace("Count", "Sum", 1))
+    with pytest.raises(UserError, match=r"the training rows \(or .*\) are not those .*--force"): run(path, resume=first.run)
+    rows.write_text(kept[0])
+    weights.write_bytes(kept[1][:-1] + bytes([kept[1][-1] ^ 1]))
+    with pytest.raises(UserError, match="the weights of model.base_model are not those"): run(path, resume=first.run)
+    assert train(load_config(path), path.stem, base=path.parent, resume=first.run, force=True).status == "done"
+    assert "the run goes on with what is there now" in capsys.readouterr().err
 
 
 def test_resume_keeps_the_rows_of_a_step(whole):

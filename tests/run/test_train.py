@@ -85,6 +85,33 @@ def test_early_stop_keeps_the_best_adapter(tiny_config):
         assert torch.equal(tensor, kept["param/" + name.replace(".weight", ".default.weight")])
 
 
+def test_a_run_that_stopped_early_at_its_last_step_keeps_the_best_adapter_on_resume(tiny_config):
+    """Patience is over at the last step; a resume has nothing to train, and must not write the last state over the best."""
+    settings = dict(training__learning_rate=0.5, training__lr_scheduler="constant", training__early_stop_patience=2, training__eval_steps=1, training__save_steps=1,
+                    training__num_epochs=20, training__warmup_ratio=0)
+    total = run(tiny_config("early", **settings)).summary["steps"]
+    path = tiny_config("last", **settings, training__max_steps=total)
+    first = run(path)
+    adapter = (first.run / "adapter/adapter_model.safetensors").read_bytes()
+    again = run(path, resume=first.run)
+    assert first.status == again.status == "early_stop" and first.summary["steps"] == again.summary["steps"] == total
+    assert (first.run / "adapter/adapter_model.safetensors").read_bytes() == adapter
+
+
+def test_other_questions_get_no_answers_of_the_old_ones(scored_config, tmp_path, capsys):
+    from conftest import write_rows
+
+    path = scored_config("questions")
+    first = run(path)
+    shutil.rmtree(checkpoints(first.run)[0])
+    rows = json.loads((tmp_path / "score.json").read_text())
+    (tmp_path / "score.json").write_text(json.dumps([rows[0] | dict(instruction="Another question?", output="no"), *rows[1:]]))
+    again = train(load_config(path), path.stem, base=path.parent, resume=first.run)
+    assert "the questions are others now" in capsys.readouterr().err and again.summary["score_before"] is None
+    kept = json.loads((first.run / "answers.json").read_text())
+    assert kept[0]["reference"] == "no" and "before" not in kept[0] and all("after" in entry for entry in kept)
+
+
 def test_the_control_folder_stops_a_run(tiny_config, monkeypatch):
     from qlora_kit.run import train as module
 

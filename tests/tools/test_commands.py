@@ -445,3 +445,16 @@ def test_a_stop_outside_the_loop_is_a_code_and_a_line(project, monkeypatch, caps
     monkeypatch.setattr(module, "make_engine", lambda *a: signal.raise_signal(signal.SIGTERM))
     assert run_app(["train", "configs/train_config.yaml", "data.score=none", "training.output_dir=runs/none"]) == 143
     assert capsys.readouterr().err.strip().endswith("stopped by SIGTERM")
+
+
+def test_a_streaming_run_is_evaluated_on_the_rows_that_it_held_out(tiny_config):
+    """A stream is divided row by row; the splitter of whole files would score rows that were learned."""
+    from conftest import run
+
+    from qlora_kit.data.rows import held_out, load_conversations
+    from qlora_kit.tools.commands import held_out_rows
+
+    done = run(tiny_config("stream", data__streaming=True, data__validation_split=0.3, training__max_steps=1))
+    _, rows = held_out_rows(str(done.run))
+    everything = load_conversations(done.run.parents[1] / "rows.json")
+    assert 0 < len(rows) < len(everything) and [c.messages for c in rows] == [c.messages for c in everything if held_out(c, 0.3, seed=0)]

@@ -7,7 +7,7 @@ from conftest import losses, run
 from safetensors.torch import load_file, save_file
 
 from qlora_kit.training.loop import RunFailed
-from qlora_kit.run.checkpoint import checkpoints, load_checkpoint
+from qlora_kit.run.checkpoint import checkpoint_info, checkpoints, load_checkpoint
 from qlora_kit.run.monitor import read_metrics
 
 
@@ -61,3 +61,17 @@ def test_a_step_that_is_saved_is_no_faster_than_its_neighbours(tiny_config):
     result = run(tiny_config("rates", training__save_steps=2, training__max_steps=7, data__validation_split=0.0))
     rates = [r["tokens_per_s"] for r in read_metrics(result.run)]
     assert len(rates) == 7 and max(rates) < 50 * min(rates), rates
+
+
+def test_a_validation_loss_that_is_no_number_ends_the_run_and_is_never_the_best(tiny_config, monkeypatch):
+    from qlora_kit.run import train as module
+    from qlora_kit.training.loop import Progress
+
+    losses = iter([2.0, float("nan")])
+    monkeypatch.setattr(module, "evaluate_step", lambda job, engine: next(losses))
+    path = tiny_config("nan-val", training__eval_steps=1, training__save_steps=1)
+    with pytest.raises(RunFailed, match="the validation loss is nan at step 2"): run(path)
+    folder = path.parent / "runs/nan-val"
+    assert checkpoint_info(checkpoints(folder)[0])["progress"]["best_val"] == 2.0
+    old = Progress(step=3, best_val=float("nan"), best_step=1, waiting=1)  # of an older kit
+    assert old.evaluated(2.5) and old.best_val == 2.5
