@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'ENDS', 'LOSS_ON', 'Example', 'read_template', 'ensure_template', 'end_tokens', 'Rewritten',
-           'answer_span', 'mark_answers', 'prompt_text', 'mark_last', 'targets_of', 'encode', 'show_targets',
-           'target_text', 'prompt_ids', 'encode_text', 'encode_turns', 'encode_all', 'ExampleFile', 'encode_stream']
+           'answer_span', 'mark_answers', 'prompt_text', 'mark_last', 'targets_of', 'tokenize', 'encode',
+           'show_targets', 'target_text', 'prompt_ids', 'encode_text', 'encode_turns', 'encode_all', 'ExampleFile',
+           'encode_stream']
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens002
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from datasets import Dataset, Features, List, Value
 from datasets.arrow_writer import ArrowWriter
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, UndefinedError
 from rich.markup import escape as escape_markup
 from transformers import PreTrainedTokenizerBase
 
@@ -119,9 +121,12 @@ def _take_end(tokenizer, template):
 # %% ../../nbs/data/03_tokens.ipynb #01tokens038
 def _render(tokenizer, messages, generation=False, tools=None)->str:
     messages = [{k: v for k, v in m.items() if k != "train"} for m in messages]
-    try:
+    def written(messages):
         return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
                                              add_generation_prompt=generation)
+    try:
+        try: return written(messages)
+        except (TypeError, UndefinedError): return written([_plain(m) for m in messages])
     except TemplateSyntaxError as e:
         raise UserError(f"{_name(tokenizer)}: line {e.lineno} of its chat template is not valid "
                         f"Jinja: {e.message}; mend it") from None
@@ -130,6 +135,17 @@ def _render(tokenizer, messages, generation=False, tools=None)->str:
                           for m in messages)
         raise UserError(f"{_name(tokenizer)}: its chat template refuses messages of the roles "
                         f"{roles}: {e}; reorder or drop messages, or set data.template") from None
+
+def _plain(message): # for a template that adds up texts, as DeepSeek-V3's does
+    def call(c):
+        function = c.get("function", c)
+        if not isinstance(function.get("arguments"), dict): return c
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        function = function | dict(arguments=text)
+        return c | dict(function=function) if "function" in c else function
+    calls = message.get("tool_calls")
+    if not calls: return message
+    return message | dict(content=message["content"] or "", tool_calls=[call(c) for c in calls])
 
 def _any_of(strings)->re.Pattern: # of none of them: matches nothing
     return re.compile("|".join(re.escape(s) for s in sorted(strings, key=len, reverse=True))
@@ -211,10 +227,11 @@ def _ways(message)->list[list[str]]:
     "The pieces of a rendered answer, in order; a second list if there is another way to write it."
     content = (message.get("content") or "").strip()
     calls = [c.get("function", c)["name"] for c in message.get("tool_calls") or []]
+    ways = [[content, *calls], [*calls, content]] if content and calls else [[content, *calls]]
     thinking, closing, said = content.rpartition("</think>")
-    if not closing: return [[content, *calls]]
+    if not closing: return ways
     thought = thinking.strip().removeprefix("<think>").strip()
-    return [[content, *calls], [thought, said.strip(), *calls]]
+    return [*ways, [thought, said.strip(), *calls]]
 
 def _find(text, message, start, stop)->int:
     "One past the last piece of an answer in `text[start:stop]`; -1 if not all are there."
@@ -326,16 +343,34 @@ def prompt_text(
     tools:list|None=None, # JSON schemas that the template gets
 )->str: # text that ends where the answer starts
     "The prompt of the next answer, open earlier answers closed as in training."
-    try: return mark_answers(tokenizer, messages, generation=True, tools=tools)[0]
-    except Rewritten: return _render(tokenizer, messages, generation=True, tools=tools)
+    return _prompt(tokenizer, messages, tools)[0]
 
-def _start(before, after, message)->int:
+def _prompt(tokenizer, messages, tools): # the prompt, and where earlier answers begin in it
+    try: text, spans = mark_answers(tokenizer, messages, generation=True, tools=tools)
+    except Rewritten: return _render(tokenizer, messages, generation=True, tools=tools), []
+    return text, [start for start, _ in spans]
+
+def _start(before, after, message, *, closed, opening)->int:
     "Where in `after` an answer starts whose prompt is `before`, or written in another way."
     for prompt in (before, before.rstrip()):
         if after.startswith(prompt): return len(prompt)
+    tail = closed[-64:] # what is said last before the answer, its marks included
+    at = after.rfind(tail) + len(tail)
+    if at >= len(tail) and opening and after.startswith(opening, at): return at + len(opening)
     said = _ways(message)[0][0]
     if said: return after.rfind(said)
     return len(re.sub(r"<[^<>\s]*$", "", commonprefix([before, after])))
+
+# %% ../../nbs/data/03_tokens.ipynb #3a6e29ee
+def _fitted(tokenizer, message, *, before, answer)->str:
+    "An answer that closes the thought its prompt opens; `UserError` if the prompt closes its own."
+    thoughts = [message[k].strip() for k in _THOUGHTS if isinstance(message.get(k), str)]
+    if any(thought and thought not in answer for thought in thoughts):
+        raise UserError(f"{_name(tokenizer)}: the prompt that its chat template writes closes the "
+                        "thought before the answer begins, so the thought of this row cannot be "
+                        "learned; delete the field, or set data.template to one that leaves it open")
+    open_thought = re.search(r"<think>\s*$", before) and "</think>" not in answer
+    return f"\n</think>\n\n{answer}" if open_thought else answer
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens057a
 def mark_last(
@@ -344,19 +379,27 @@ def mark_last(
     tools:list|None=None, # JSON schemas that the template gets
 )->tuple[str,list[tuple[int,int]]]: # the prompt and the last answer; the answer's characters
     "Find the last answer alone, which every template writes."
+    text, spans, _ = _mark_last(tokenizer, messages, tools)
+    return text, spans
+
+def _mark_last(tokenizer, messages, tools): # as `mark_last`, and where all answers begin
     n = max(i for i, m in enumerate(messages) if m["role"] == "assistant") + 1
     try:
         text, spans = mark_answers(tokenizer, messages[:n], tools=tools)
-        return text, spans[-1:]
+        return text, spans[-1:], [start for start, _ in spans]
     except Rewritten:
-        before = prompt_text(tokenizer, messages[:n-1], tools)
+        before, begins = _prompt(tokenizer, messages[:n-1], tools)
         after = _render(tokenizer, messages[:n], tools=tools)
-    start = _start(before, after, messages[n-1])
+        closed = _render(tokenizer, messages[:n-1], tools=tools)
+        asks = _render(tokenizer, messages[:n-1], generation=True, tools=tools)
+    opening = asks[len(closed):] if asks.startswith(closed) else ""
+    start = _start(before, after, message=messages[n-1], closed=closed, opening=opening)
     last = _find(after, messages[n-1], start=start, stop=len(after))
     if last < 0: raise _unsaid(tokenizer, n, len(messages))
     end, ended = _close(tokenizer, messages[n-1], text=after, last=last, stop=len(after))
     answer = after[start:end] + ("" if ended else tokenizer.eos_token)
-    return before + answer, [(len(before), len(before) + len(answer))]
+    answer = _fitted(tokenizer, messages[n-1], before=before, answer=answer)
+    return before + answer, [(len(before), len(before) + len(answer))], [*begins, len(before)]
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens062
 def targets_of(
@@ -368,27 +411,56 @@ def targets_of(
     targets[:1] = [False]
     return targets
 
+# %% ../../nbs/data/03_tokens.ipynb #350d6189
+def tokenize(
+    tokenizer:PreTrainedTokenizerBase, # a fast one
+    text:str, # rendered, special tokens included
+    begins:list[int], # characters at which answers begin
+)->tuple[list[int],list[tuple[int,int]]]: # [T] ids; [T] first character of each, one past its last
+    "Tokenise a text so that what comes before an answer has the ids that generation starts from."
+    def of(piece): return tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+    whole = of(text)
+    ids = whole["input_ids"]
+    def fits(at):
+        before = of(text[:at])["input_ids"]
+        return ids[:len(before)] == before
+    edges = [0, *(at for at in begins if 0 < at < len(text) and not fits(at)), len(text)]
+    if len(edges) == 2: return ids, whole["offset_mapping"]
+    pieces = [(start, of(text[start:stop])) for start, stop in zip(edges, edges[1:])]
+    ids = [i for _, piece in pieces for i in piece["input_ids"]]
+    _check_apart(tokenizer, ids, whole=whole["input_ids"])
+    return ids, [(a + start, b + start) for start, piece in pieces
+                 for a, b in piece["offset_mapping"]]
+
+def _check_apart(tokenizer, ids, whole):
+    "`UserError` for a tokenizer that writes something before each piece of text."
+    if tokenizer.decode(ids) == tokenizer.decode(whole): return
+    raise UserError(f"{_name(tokenizer)}: an answer begins within a token, and the two sides of "
+                    "that place cannot be tokenised apart; set data.template to one whose prompt "
+                    "does not end in a space or line break")
+
 # %% ../../nbs/data/03_tokens.ipynb #01tokens063
 LOSS_ON = ("assistant", "completion", "all")
 
 def _marked(tokenizer, messages, tools, loss_on):
-    "The text to train on, and the characters of it that are learned."
+    "The text to train on, the characters of it that are learned, and where answers begin."
     if loss_on not in LOSS_ON:
         raise UserError(f"data.loss_on: received {loss_on!r}; allowed: {', '.join(LOSS_ON)}")
     learned = [m.get("train", True) for m in messages if m["role"] == "assistant"]
     _check_thoughts(tokenizer, messages, tools)
     if loss_on == "assistant":
         text, spans = mark_answers(tokenizer, messages, tools=tools)
-        return text, [span for span, on in zip(spans, learned) if on]
+        begins = [start for start, _ in spans]
+        return text, [span for span, on in zip(spans, learned) if on], begins
     if loss_on == "completion":
-        text, spans = mark_last(tokenizer, messages, tools)
-        return text, spans if learned[-1] else []
+        text, spans, begins = _mark_last(tokenizer, messages, tools)
+        return text, spans if learned[-1] else [], begins
     if not all(learned):
         raise UserError("data.loss_on=all learns every token, and a turn of this row says that it "
                         "is not to be learned (weight, train); set it to assistant")
-    try: text, _ = mark_answers(tokenizer, messages, tools=tools)
-    except Rewritten: text = _render(tokenizer, messages, tools=tools)
-    return text, [(0, len(text))]
+    try: text, spans = mark_answers(tokenizer, messages, tools=tools)
+    except Rewritten: text, spans = _render(tokenizer, messages, tools=tools), []
+    return text, [(0, len(text))], [start for start, _ in spans]
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens065
 def encode(
@@ -405,11 +477,11 @@ def encode(
         raise UserError(f"{_name(tokenizer)}: received a slow tokenizer, which reports no "
                         "character offsets; allowed are fast ones (with a tokenizer.json); "
                         "convert it with AutoTokenizer")
-    try: text, spans = _marked(tokenizer, messages, tools=tools, loss_on=loss_on)
+    try:
+        text, spans, begins = _marked(tokenizer, messages, tools=tools, loss_on=loss_on)
+        ids, offsets = tokenize(tokenizer, text, begins)
     except UserError as e: raise type(e)(f"{where}: {e}" if where else str(e)) from None
-    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return Example(tokens["input_ids"][:max_length],
-                   targets_of(tokens["offset_mapping"], spans)[:max_length], where)
+    return Example(ids[:max_length], targets_of(offsets, spans)[:max_length], where)
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens075
 def _pieces(tokenizer, example)->list[tuple[str,bool,bool]]:
@@ -466,7 +538,7 @@ def prompt_ids(
     tools:list|None=None, # JSON schemas that the template gets
 )->list[int]: # token ids that end where the answer starts
     "The prompt of the next answer, rendered and tokenised exactly as `encode` does."
-    return tokenizer(prompt_text(tokenizer, messages, tools), add_special_tokens=False)["input_ids"]
+    return tokenize(tokenizer, *_prompt(tokenizer, messages, tools))[0]
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens089
 def encode_text(

@@ -1,4 +1,5 @@
 "tokens: what no template, no script and no truncation may change about the targets."
+import re
 from pathlib import Path
 
 import pytest
@@ -109,9 +110,13 @@ SPECIAL = {"qwen2_5": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"], "mistral_
            "llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>"]}
 SPECIAL |= {"gptoss": ["<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>", "<|call|>"], "phi3": ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"],
             "glm4moe": ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>", "<|endoftext|>"]}
+SPECIAL |= {name: sorted(set(re.findall("<｜[^｜<>]+｜>", (FILES/f"{name}.jinja").read_text(encoding="utf-8"))) | {"<｜end▁of▁sentence｜>"})
+            for name in ("deepseekv3", "deepseek_r1_distill")}
+SPECIAL |= {"qwen3_5_think": SPECIAL["qwen2_5"], "qwen3_5_nothink": SPECIAL["qwen2_5"]}
 SPECIAL |= {"qwen3": SPECIAL["qwen2_5"], "qwen2_5_training": SPECIAL["qwen2_5"], "chatml": SPECIAL["qwen2_5"]}
 BOS = {"mistral_nemo": "<s>", "llama3": "<|begin_of_text|>", "gemma": "<bos>"}
-EOS = {"mistral_nemo": "</s>", "llama3": "<|eot_id|>", "gemma": "</s>"}
+EOS = {"mistral_nemo": "</s>", "llama3": "<|eot_id|>", "gemma": "</s>", "deepseekv3": "<｜end▁of▁sentence｜>", "deepseek_r1_distill": "<｜end▁of▁sentence｜>",
+       "gptoss": "<|return|>", "glm4moe": "<|endoftext|>", "phi3": "<|endoftext|>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 TWO = [{"role": "user", "content": "Capital of France?"}, {"role": "assistant", "content": "Paris."},
        {"role": "user", "content": "And Italy?"}, {"role": "assistant", "content": "Rome."}]
@@ -388,3 +393,61 @@ def test_a_thought_that_the_template_drops_is_an_error():
     writes = CHATML.replace("{{ m.content }}", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}")
     tok = tokenizer(writes)
     assert learned(tok, encode(tok, said)) == ["<think>2 and 2</think>four<|im_end|>"]
+
+
+# ---- an oracle: every piece that the assistant says is a word of its own, and each of them is learned once, nothing else is, and an end follows
+
+def _calls(*cities): return [dict(id=f"call0000{i}", type="function", function=dict(name="weather", arguments=dict(city=city))) for i, city in enumerate(cities, 1)]
+def _asks(text): return dict(role="user", content=text)
+def _says(text, **more): return dict(role="assistant", content=text) | more
+def _hears(text): return dict(role="tool", content=text, tool_call_id="call00001", name="weather")
+
+
+SAID = {"answer": [_asks("kq"), _says("ka")], "two": [_asks("kq"), _says("ka"), _asks("kq"), _says("kb")],
+        "thought": [_asks("kq"), _says("ka", reasoning_content="kr", thinking="kr")],
+        "call": [_asks("kq"), _says("", tool_calls=_calls("kc"))], "no content": [_asks("kq"), _says(None, tool_calls=_calls("kc"))],
+        "words and call": [_asks("kq"), _says("ka", tool_calls=_calls("kc"))], "two calls": [_asks("kq"), _says("", tool_calls=_calls("kc", "kd"))],
+        "loop": [_asks("kq"), _says("", tool_calls=_calls("kc")), _hears("kt"), _says("ka")],
+        "thoughtful loop": [_asks("kq"), _says("", reasoning_content="kr", thinking="kr", tool_calls=_calls("kc")), _hears("kt"), _says("ka", reasoning_content="ks", thinking="ks")]}
+ORACLE = ["qwen2_5", "qwen3", "qwen3_5_think", "qwen3_5_nothink", "gptoss", "glm4moe", "mistral_nemo", "phi3", "deepseekv3", "deepseek_r1_distill", "llama3", "gemma", "chatml"]
+TAUGHT = {"answer", "two"}
+TEACHES = {"qwen2_5": {"call", "no content", "words and call", "two calls", "loop"}, "qwen3": set(SAID), "qwen3_5_think": set(SAID), "gptoss": set(SAID) - {"two calls"}, "glm4moe": set(SAID),
+           "qwen3_5_nothink": {"call", "no content", "words and call", "two calls", "loop"}, "mistral_nemo": {"call", "no content", "two calls", "loop"},
+           "deepseekv3": {"call", "no content", "words and call", "two calls", "loop"}}
+
+
+@pytest.mark.parametrize("name", ORACLE)
+@pytest.mark.parametrize("kind", SAID)
+def test_all_that_is_said_is_learned_once_with_its_end_or_refused(name, kind):
+    tok, messages = family(name), SAID[kind]
+    tools = SCHEMA if any(m.get("tool_calls") for m in messages) else None
+    if kind not in TAUGHT | TEACHES.get(name, set()):
+        with pytest.raises(UserError, match="leaves out|does not write all|refuses|closes the thought"): encode_turns(tok, Conversation(messages, "f", tools=tools))
+        return
+    runs = [run for e in encode_turns(tok, Conversation(messages, "f", tools=tools)) for run in learned(tok, e)]
+    said = [word for m in messages if m["role"] == "assistant"
+            for word in (m.get("reasoning_content"), m["content"], *(c["function"]["arguments"]["city"] for c in m.get("tool_calls", []))) if word]
+    assert sorted(re.findall(r"k[a-z]\b", "".join(runs))) == sorted(said)
+    ends = end_tokens(tok)
+    assert all(run.rstrip().endswith(tuple(ends)) and sum(map(run.count, ends)) == 1 for run in runs), runs
+
+
+@pytest.mark.parametrize("name", [*ORACLE, "vicuna", "two line breaks"])
+def test_the_prompt_is_a_prefix_of_the_row_at_every_answer(name):
+    """Merges across the border, as real tokenizers have them: space and word, two line breaks. Before: 110 of these and other templates' prompts were no prefix."""
+    ends_open = {"vicuna": "{% for m in messages %}{{ 'USER: ' if m.role == 'user' else 'ASSISTANT: ' }}{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}ASSISTANT: {% endif %}",
+                 "two line breaks": "{% for m in messages %}{{ m.role }}\n\n{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"}
+    tok = family(name if name in ORACLE else "chatml")
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trained.train_from_iterator(["ASSISTANT: Paris\n\n Paris. Rome\n Rome.\n\nRome <think>\n\nParis"] * 30, trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    trained.add_special_tokens([AddedToken(x, special=True) for x in ("<s>", "</s>", *SPECIAL.get(name, SPECIAL["chatml"]))])
+    tok = PreTrainedTokenizerFast(tokenizer_object=trained, bos_token="<s>", eos_token=tok.eos_token, chat_template=ends_open.get(name, tok.chat_template))
+    ensure_template(tok)
+    for answer in ("Paris.", " Paris.", "\nParis."):
+        said = [m | dict(content=answer) if m["role"] == "assistant" else m for m in TWO]
+        examples = encode_turns(tok, Conversation(said, "f"))  # one for both answers, or one each
+        for example, i in zip(examples*2 if len(examples) == 1 else examples, (1, 3)):
+            prompt = prompt_ids(tok, said[:i])
+            assert example.ids[:len(prompt)] == prompt and example.targets[len(prompt)] and not example.targets[len(prompt)-1]

@@ -57,6 +57,12 @@ def test_exact_match_of_records(answer, right): assert exact_match(answer, RECOR
 def test_exact_match_of_text(answer, reference, right): assert exact_match(answer, reference) is right
 
 
+@pytest.mark.parametrize("answer, reference, right", [
+    ("<think>\n\n</think>\n\n4", "4", True), ("\n</think>\n\n4", "4", True), ("<think>2 and 2</think>5", "4", False), ("<think>4", "4", False),
+    ('</think>{"a": 1}', '{"a": 1}', True), ("<think>x</think>4", "<think>x</think>4", True), ("4", "<think>x</think>4", False)])
+def test_a_thought_before_the_answer_is_not_compared(answer, reference, right): assert exact_match(answer, reference) is right
+
+
 def test_fields_and_groups():
     references = ['{"a": 1, "b": "x"}', '{"a": 2, "b": "y"}', '{"a": 3, "b": "z"}', "plain"]
     answers = ['{"b": "x", "a": 1}', '{"a": 2, "b": "?", "c": 0}', "no idea", "plain "]
