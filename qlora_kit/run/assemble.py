@@ -22,7 +22,7 @@ from ..data.batches import attend_documents, Feed, row_weights, whole_batches
 from ..data.files import GB, UserError, write_atomic
 from ..data.rows import (
     given_conversations, held_out, load_conversations, Reiterable, split, stream_conversations)
-from ..data.tokens import encode_all, encode_stream, ensure_template
+from ..data.tokens import encode_all, encode_stream, ensure_template, set_date
 from ..memory.budget import (
     choose_levels, fit_card, memory_limit, more_buffers, smallest_change)
 from ..memory.predict import divided, levels_of, Setup
@@ -35,7 +35,7 @@ from ..model.lora import add_lora, check_adapter, check_init, load_adapter, STAR
 from ..model.sharded import load_sharded
 from .config import call_with, DataConfig, load_hook, looks_like_path, RunConfig
 from .monitor import memory_gb
-from .run_folder import fingerprints
+from .run_folder import begun, fingerprints
 from .trackers import check_tracker
 from ..training.engine import (
     compute_dtype, DeepSpeedEngine, LocalEngine, make_optimizer, optimizer_class, RankInfo)
@@ -302,6 +302,7 @@ def make_job(cfg:RunConfig, # the run
     rows, place = read_rows(cfg, base), place or RankInfo()
     folder = resolve_base(m.base_model, m.revision)
     tokenizer = ensure_template(load_tokenizer(folder), d.template)
+    set_date(tokenizer, begun(Path(run)).get("date")) # of its first start
     train, val, notes = load_examples(cfg, tokenizer, base=base, rows=rows)
     weights = row_weights(chain(*rows), d.weight_field) if d.weight_field else None
     feed = make_feed(cfg, train, pad_id=tokenizer.pad_token_id, ranks=place.ranks, weights=weights)

@@ -21,6 +21,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..data.files import UserError, write_atomic
+from ..data.tokens import chat_date
 from ..model.lora import save_adapter
 from qlora_kit.run.assemble import (
     check_choices, evaluate_step, Job, load_questions, make_engine, make_job, predict_memory,
@@ -31,8 +32,8 @@ from .interruptions import (
 from .monitor import (
     clear_requests, Monitor, read_requests, release, truncate_metrics, write_state)
 from .run_folder import (
-    already_reported, check_same, environment, heartbeat, keep_step, lost_ranks, open_log,
-    open_run, read_state, requests, restore, run_name, save, still_ours, summarize)
+    already_reported, begun, check_same, environment, heartbeat, keep_step, lost_ranks, open_log,
+    open_run, read_state, requests, restore, save, still_ours, summarize)
 from .trackers import open_tracker
 from ..training.engine import compute_dtype, join_ranks, LocalEngine, RankInfo
 from ..training.loop import (
@@ -143,7 +144,8 @@ def write_adapter(job:Job, engine)->None: # all ranks together
     # a folder is named in adapter_config.json
     name = None if Path(c.model.base_model).is_dir() else c.model.base_model
     record = dict(base_model=name, system_prompt=c.data.system_prompt,
-                  max_length=c.training.max_length, loss_on=c.data.loss_on)
+                  max_length=c.training.max_length, loss_on=c.data.loss_on,
+                  date=chat_date(job.tokenizer))
     save_adapter(job.model, job.tokenizer, folder=job.run/"adapter", base_model=job.base,
                  revision=c.model.revision, state=state, record=record)
     ends = GenerationConfig(eos_token_id=stop_ids(job.model, job.tokenizer),
@@ -253,7 +255,7 @@ def _join(cfg, deepspeed): # this process among the ranks
 def _begin_folder(cfg, run, place, name):
     write_atomic(run/"config.yaml", config_yaml(cfg))
     about = environment(cfg, place, name)
-    about["name"] = run_name(run) or about["name"] # a resume may come from another file
+    about |= {key: value for key, value in begun(run).items() if key in ("name", "date") and value}
     write_atomic(run/"environment.json", json.dumps(about, indent=2))
     (run/"control").mkdir(exist_ok=True)
     clear_requests(run)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from ..data.files import UserError
-from ..data.tokens import ensure_template
+from ..data.tokens import ensure_template, set_date
 from ..model.base import load_tokenizer, resolve_base
 from ..model.loader import load_model, read_config, saved_quantization
 from ..model.lora import adapter_settings, check_adapter, load_adapter, read_object, RECORD
@@ -175,4 +175,5 @@ def load_trained(
     model = load_model(t.base, t.quant_type, double_quant=t.double_quant, **where)
     own = t.adapter if (t.adapter/"tokenizer_config.json").is_file() else t.base
     tokenizer = ensure_template(load_tokenizer(own))
+    set_date(tokenizer, (recorded(t.adapter) or {}).get("date"))
     return load_adapter(model, t.adapter), tokenizer, t.system_prompt

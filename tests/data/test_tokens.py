@@ -451,3 +451,24 @@ def test_the_prompt_is_a_prefix_of_the_row_at_every_answer(name):
         for example, i in zip(examples*2 if len(examples) == 1 else examples, (1, 3)):
             prompt = prompt_ids(tok, said[:i])
             assert example.ids[:len(prompt)] == prompt and example.targets[len(prompt)] and not example.targets[len(prompt)-1]
+
+
+def test_the_day_of_a_template_is_fixed_and_transformers_prints_the_same(monkeypatch):
+    """gpt-oss prints today's date; the reference is transformers' own rendering on that day."""
+    import datetime
+
+    import transformers.utils.chat_template_utils as theirs
+
+    from qlora_kit.data import tokens
+
+    tok = family("gptoss")
+    today = encode_turns(tok, Conversation(TWO, "f"))
+    assert f"Current date: {datetime.date.today().isoformat()}" in marked(tok, today[0])
+    tokens.set_date(tok, "2024-02-29")
+    (first, _), prompt = encode_turns(tok, Conversation(TWO, "f")), prompt_ids(tok, TWO[:1])
+    assert "Current date: 2024-02-29" in marked(tok, first) and first.ids[:len(prompt)] == prompt
+    monkeypatch.setattr(theirs, "datetime", type("", (), dict(now=staticmethod(lambda: datetime.datetime(2024, 2, 29)))))
+    theirs._compile_jinja_template.cache_clear()
+    assert tok.apply_chat_template(TWO[:1], add_generation_prompt=True)["input_ids"] == prompt
+    theirs._compile_jinja_template.cache_clear()
+    with pytest.raises(UserError, match="received '29 Feb'"): tokens.set_date(tok, "29 Feb")

@@ -93,6 +93,34 @@ def test_resume_refuses_other_rows_and_another_base(tiny_config, tiny_llama, tmp
     assert "the run goes on with what is there now" in capsys.readouterr().err
 
 
+def test_a_run_keeps_the_day_on_which_it_began(tiny_config, tmp_path, monkeypatch):
+    """A template that prints today's date, a resume on another day, and the adapter's own record of it."""
+    import datetime
+
+    from qlora_kit.data import tokens
+    from qlora_kit.run import run_folder
+    from qlora_kit.use.trained import load_trained
+
+    def on(day):
+        fixed = type("day", (datetime.date,), dict(today=classmethod(lambda cls: datetime.date.fromisoformat(day))))
+        for module in (tokens, run_folder): monkeypatch.setattr(module, "date", fixed)
+
+    (tmp_path / "dated.jinja").write_text("{{ strftime_now('%d %B %Y') }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' else '' }}\n{% endfor %}"
+                                          "{% if add_generation_prompt %}assistant: {% endif %}")
+    path = tiny_config("dated", data__template=str(tmp_path / "dated.jinja"), training__max_steps=4, training__save_steps=2, training__eval_steps=2)
+    on("2026-01-31")
+    full = run(path)
+    expected = losses(full)
+    shutil.rmtree(checkpoints(full.run)[0])
+    on("2026-02-01")
+    again = run(path, resume=full.run)
+    assert losses(again) == expected and json.loads((full.run / "environment.json").read_text())["date"] == "2026-01-31"
+    assert json.loads((full.run / "adapter/qlora_kit.json").read_text())["date"] == "2026-01-31" == load_trained(str(full.run))[1].chat_date
+    with pytest.raises(UserError, match="the training rows"):  # without the record the tokens would be others
+        (full.run / "environment.json").unlink()
+        run(path, resume=full.run)
+
+
 def test_resume_keeps_the_rows_of_a_step(whole):
     path, full = whole
     with pytest.raises(UserError, match="4 rows.*8"):
