@@ -187,11 +187,15 @@ def inspect_command(config:ConfigFile, overrides:Overrides=None,
     from rich.console import Console
     from qlora_kit.data.tokens import ensure_template
     from qlora_kit.model.base import load_tokenizer, resolve_base
+    from qlora_kit.model.loader import read_config
+    from qlora_kit.run.assemble import check_tokens
     words = [*(overrides or []), *["data.packing=best_fit"]*packed]
     cfg = read_run_config(config, words, trust_hooks)
     folder = resolve_base(cfg.model.base_model, cfg.model.revision)
     tokenizer = ensure_template(load_tokenizer(folder), cfg.data.template)
     console, found = Console(highlight=False), look_at(cfg, tokenizer, config.parent)
+    if not cfg.model.create_model:
+        for examples, _ in found[0].values(): check_tokens(read_config(folder), tokenizer, examples)
     _show_parts(console, tokenizer, *found, rows=rows)
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch015
@@ -260,9 +264,14 @@ def plan_setup(cfg, # RunConfig
     ): # Setup, for `predict`
     "Say what a run would hold, with levels that fill the card."
     from qlora_kit.memory.budget import choose_levels
-    from qlora_kit.run.assemble import memory_setup
+    from qlora_kit.memory.predict import anatomy
+    from qlora_kit.run.assemble import deepspeed_config, memory_setup
+    from qlora_kit.training.engine import RankInfo
     shape = plan_shape(cfg.model.base_model, cfg.model.revision)
     setup = memory_setup(cfg, shape, device="cuda", ranks=ranks, deepspeed=deepspeed)
+    if deepspeed: # what `train` would refuse is refused here
+        deepspeed_config(cfg, RankInfo(ranks=ranks, device="cuda"), deepspeed=deepspeed,
+                         hidden_size=anatomy(setup).width)
     return choose_levels(setup, cfg.training.recompute, limit) if limit else setup
 
 def traffic_times(setup, # of a run

@@ -73,6 +73,11 @@ def _check(model, rows, *, max_new_tokens, temperature, batch_size=1, top_p=1.0)
     if not temperature >= 0:
         raise UserError(f"temperature: received {temperature}; allowed are 0 (the likeliest token) "
                         "and numbers above, as 0.7")
+    size = getattr(model.get_input_embeddings(), "num_embeddings", float("inf"))
+    top = max((i for row in rows for i in row), default=0)
+    if top >= size:
+        raise UserError(f"a prompt has the token {top}, and the model's embedding has {size} rows; "
+                        "take the tokenizer that belongs to the model")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
     for i, row in enumerate(rows, 1):
         if len(row) + max_new_tokens <= limit: continue

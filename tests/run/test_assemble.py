@@ -1,5 +1,6 @@
 """What a config is made into, and which mistake comes first."""
 import json
+import shutil
 
 import pytest
 import torch
@@ -68,3 +69,28 @@ def test_how_many_layers_are_whole_at_a_time(tiny_config, tiny_llama, said, buff
     with pytest.raises(UserError, match="gathered_layers"): load_config(tiny_config("one", deepspeed__gathered_layers=1))
 
 
+def test_tokens_and_positions_beyond_a_table_are_found_before_the_model_is_loaded(tiny_config, tiny_llama, tmp_path, monkeypatch, capsys):
+    """A tokenizer with tokens that the model lacks, a pad token among them, and GPT-2's table of positions; `inspect` says the same."""
+    from transformers import AutoTokenizer
+
+    from qlora_kit.run import assemble
+    from qlora_kit.tools.commands import run_app
+
+    monkeypatch.setattr(assemble, "build_model", None)
+    base = tmp_path / "grown"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["Count"])
+    tokenizer.save_pretrained(base)
+    path = tiny_config("grown", model__base_model=str(base))
+    with pytest.raises(UserError, match="rows.json row .*: token 'Count' has the id .* embedding has .* rows"): run(path)
+    assert run_app(["inspect", str(path)]) == 2 and "token 'Count'" in capsys.readouterr().err
+    tokenizer.add_special_tokens(dict(pad_token="<pad>"))
+    tokenizer.save_pretrained(base)
+    with pytest.raises(UserError, match="pad token '<pad>' has the id"): run(path)
+    rows = tmp_path / "long.json"
+    rows.write_text(json.dumps([dict(instruction="q", input="", output="word " * 2000)] * 2))
+    config = json.loads((base / "config.json").read_text()) | dict(model_type="gpt2", n_positions=1024, vocab_size=1000)
+    (base / "config.json").write_text(json.dumps(config))
+    path = tiny_config("long", model__base_model=str(base), data__train_file=str(rows), data__validation_split=0, training__max_length=5000)
+    with pytest.raises(UserError, match="long.json row 1: .* tokens, and the model has .* positions"): run(path)

@@ -1,6 +1,7 @@
 """DeepSpeed files: what `auto` becomes, and what is refused."""
 import json
 import os
+import re
 from importlib.resources import files
 from types import SimpleNamespace
 
@@ -142,6 +143,35 @@ def test_packed_codes_travel_as_bytes_or_in_the_engines_dtype():
         check_storage("uint8", dtype); check_storage(dtype, dtype)
     for storage, dtype in (("float32", "bfloat16"), ("bfloat16", "float32"), ("float16", "bfloat16")):
         with pytest.raises(UserError, match=f"{storage} and the engine computes in {dtype}.*use uint8 or {dtype}"): check_storage(storage, dtype)
+
+
+AXOLOTL = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True, "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "train_batch_size": "auto",
+           "train_micro_batch_size_per_gpu": "auto", "wall_clock_breakdown": False, "bf16": {"enabled": "auto"},
+           "zero_optimization": {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 0, "reduce_bucket_size": "auto", "max_live_parameters": 0,
+                                 "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto", "max_reuse_distance": 0, "gather_16bit_weights_on_model_save": True}}
+
+
+@pytest.mark.parametrize("change", [{}, {"bfloat16": {"enabled": "auto"}}, {"_comment": "mine"}, {"compile": {"deepcompile": False}}, {"amp": {"enabled": False}}, {"comms_logger": {"enabled": True}},
+                                    {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": "auto"}}])
+def test_files_of_axolotl_and_accelerate_are_taken(change):
+    """The old names of keys, `auto` where the run has no value, and sections that are off."""
+    found = resolve(AXOLOTL | change, zero_config(3, 2, hidden_size=64))
+    assert found["zero_optimization"]["stage"] == 3 and not {"bfloat16", "_comment", "compile", "amp"} & set(found)
+
+
+@pytest.mark.parametrize("file, says", [
+    ({"zero_optimisation": {"stage": 2}}, "no setting zero_optimisation; did you mean zero_optimization"), ({"gradient_cliping": 0.5}, "did you mean gradient_clipping"),
+    ({"model_name_or_path": "m", "learning_rate": 1e-4}, "no setting model_name_or_path"), ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel is not supported"),
+    ({"compile": {"deepcompile": True}}, "compile is not supported"), ({"curriculum_learning": {"enabled": True}}, "curriculum_learning is not supported"),
+    ({"zero_force_ds_cpu_optimizer": True, "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer wants")])
+def test_keys_that_deepspeed_would_pass_over_or_that_crash_are_refused_by_plan_and_train(file, says, tmp_path, tiny_config, capsys):
+    from qlora_kit.tools.commands import run_app
+
+    with pytest.raises(UserError, match=says): resolve(file, zero_config(3, 2, hidden_size=64))
+    (tmp_path / "ds.json").write_text(json.dumps(file))
+    path = tiny_config("refused")
+    for words in (["plan", str(path), "--ranks", "2", "--gpu-memory", "8GB"], ["train", str(path)]):
+        assert run_app([*words, "--deepspeed", str(tmp_path / "ds.json")]) == 2 and re.search(says, capsys.readouterr().err)
 
 
 def test_files_that_cannot_be_read(tmp_path):
