@@ -1679,6 +1679,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'qlora_kit/tools/processes.py'),
                                            'qlora_kit.tools.processes._signal_all': ( 'tools/processes.html#_signal_all',
                                                                                       'qlora_kit/tools/processes.py'),
+                                           'qlora_kit.tools.processes.chosen_slots': ( 'tools/processes.html#chosen_slots',
+                                                                                       'qlora_kit/tools/processes.py'),
                                            'qlora_kit.tools.processes.die_with_parent': ( 'tools/processes.html#die_with_parent',
                                                                                           'qlora_kit/tools/processes.py'),
                                            'qlora_kit.tools.processes.end_launchers': ( 'tools/processes.html#end_launchers',

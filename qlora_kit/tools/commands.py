@@ -34,7 +34,7 @@ from typer import Argument, Option
 from ..data.files import UserError, write_atomic
 from ..run.interruptions import launchers, Stopped, watch_launcher
 from .contestants import PEERS
-from .processes import launch, read_hosts
+from .processes import chosen_slots, launch, read_hosts
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch004
 app = typer.Typer(
@@ -497,7 +497,11 @@ def _words(options): # option → its value; True: the option alone; left out wh
 def _attend(config, ranks, *, words, timeout, where): # exit code
     import torch
     hosts = read_hosts(where["hostfile"]) if where["hostfile"] else []
-    slots = hosts[where["node_rank"] or 0][1] if hosts else max(1, torch.cuda.device_count())
+    hosts, at = chosen_slots(hosts, ranks, where["torchrun"]), where["node_rank"] or 0
+    if hosts and at >= len(hosts):
+        raise UserError(f"--node-rank is {at}, and the hostfile names {len(hosts)} hosts; allowed "
+                        f"are 0 to {len(hosts) - 1}")
+    slots = hosts[at][1] if hosts else max(1, torch.cuda.device_count())
     signals = []
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: signals.append(number))

@@ -395,7 +395,7 @@ def test_one_process_is_launched_told_to_stop_and_answers_with_its_code(project,
 
 def test_the_commands_that_launch_writes(monkeypatch, tmp_path):
     from qlora_kit.data.files import UserError
-    from qlora_kit.tools.processes import launch_command, read_hosts
+    from qlora_kit.tools.processes import chosen_slots, launch_command, read_hosts
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert launch_command("c.yaml", 1, ["a.b=1"]) == ["qlora-kit", "train", "c.yaml", "a.b=1"]
@@ -406,13 +406,30 @@ def test_the_commands_that_launch_writes(monkeypatch, tmp_path):
     file.write_text("# two\na slots=2\n\nb slots=4 # larger\n")
     hosts = read_hosts(file)
     assert hosts == [("a", 2), ("b", 4)]
-    assert {f"--hostfile={file}", "--num_gpus=2", "--master_addr=a"} <= set(launch_command("c.yaml", 2, hosts=hosts, hostfile=file))
-    assert {"--no_ssh", "--node_rank=1"} <= set(launch_command("c.yaml", 2, hosts=hosts, hostfile=file, node_rank=1))
-    assert {"--nnodes=2", "--node_rank=1", "--master_addr=a"} <= set(launch_command("c.yaml", 2, hosts=hosts, node_rank=1, torchrun=True))
-    for text, expected in (("a slots=x", "hosts:1"), ("", "no host")):
-        file.write_text(text)
-        with pytest.raises(UserError, match=expected):
-            read_hosts(file)
+    words = launch_command("c.yaml", 2, hosts=hosts, hostfile=file)
+    assert {f"--hostfile={file}", "--master_addr=a"} <= set(words) and not any("num_gpus" in w for w in words)  # each host its slots
+    same = chosen_slots(hosts, 2)
+    assert same == [("a", 2), ("b", 2)] and "--num_gpus=2" in launch_command("c.yaml", 2, hosts=same, hostfile=file)
+    assert {"--no_ssh", "--node_rank=1"} <= set(launch_command("c.yaml", 4, hosts=hosts, hostfile=file, node_rank=1))
+    assert {"--nnodes=2", "--node_rank=1", "--master_addr=a"} <= set(launch_command("c.yaml", 2, hosts=same, node_rank=1, torchrun=True))
+    for wrong, told in ((dict(ranks=3), "a has 2 slots"), (dict(ranks=None, torchrun=True), "give --ranks 2")):
+        with pytest.raises(UserError, match=told): chosen_slots(hosts, **wrong)
+
+
+@pytest.mark.parametrize("text", ["a slots=2\nb slots=4\n", "# two\n\na slots=2   # first\n", "a 4\n", "a slots=2\na slots=4\n", "a slots=x\n", "a slots = 2\n", "a\n", "", "# none\n"])
+def test_hostfiles_are_read_as_deepspeed_reads_them(text, tmp_path, caplog):
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    from qlora_kit.data.files import UserError
+    from qlora_kit.tools.processes import read_hosts
+
+    file = tmp_path / "hosts"
+    file.write_text(text)
+    try: expected = list(fetch_hostfile(str(file)).items())
+    except ValueError: expected = None
+    if expected: assert read_hosts(file) == expected
+    else:
+        with pytest.raises(UserError, match=r"hosts(:\d)?: "): read_hosts(file)
 
 
 def test_threads_are_shared_unless_they_are_set(monkeypatch, tmp_path):

@@ -195,6 +195,7 @@ def test_half_a_character_is_never_shown(tiny_llama):
 
     class Says(torch.nn.Module):
         config, device, generation_config = LlamaConfig(max_position_embeddings=100), torch.device("cpu"), make("llama").generation_config
+        def get_input_embeddings(self): return None
         def forward(self, input_ids, **_):
             from transformers.modeling_outputs import CausalLMOutputWithPast
             return CausalLMOutputWithPast(logits=torch.nn.functional.one_hot(torch.tensor([[next(ids)]]), len(tokenizer)).float())
