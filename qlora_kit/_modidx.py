@@ -1804,6 +1804,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'qlora_kit/training/engine.py'),
                                            'qlora_kit.training.engine.trained_config': ( 'training/engine.html#trained_config',
                                                                                          'qlora_kit/training/engine.py'),
+                                           'qlora_kit.training.engine.updates_of': ( 'training/engine.html#updates_of',
+                                                                                     'qlora_kit/training/engine.py'),
                                            'qlora_kit.training.engine.whole_tensor': ( 'training/engine.html#whole_tensor',
                                                                                        'qlora_kit/training/engine.py')},
             'qlora_kit.training.gathered': { 'qlora_kit.training.gathered.Once': ( 'training/gathered.html#once',

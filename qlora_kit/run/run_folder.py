@@ -169,7 +169,9 @@ def restore(engine, # of this rank
     state = load_checkpoint(checkpoint)
     check_names(state.tensors, engine.gather())
     engine.scale = state.info.get("scale")
-    engine.load(state.tensors, state.step)
+    # a step that fp16 skipped is no update, and AdamW's bias correction counts updates
+    said = engine.scale and state.info.get("scale") or {}
+    engine.load(state.tensors, said.get("updates", state.step))
     return Progress(**state.info["progress"])
 
 # %% ../../nbs/run/05_run_folder.ipynb #b8dd59b3

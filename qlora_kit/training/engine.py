@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'MOMENTS', 'BITSANDBYTES_NAMES', 'trainable', 'make_optimizer', 'optimizer_class', 'set_lr', 'to_device',
-           'LocalEngine', 'local_step', 'Numbers', 'local_state', 'load_local_state', 'local_scale', 'RankInfo',
-           'free_port', 'sharing', 'join_ranks', 'leave', 'compute_dtype', 'seed_step', 'trained_config',
+           'LocalEngine', 'local_step', 'Numbers', 'local_state', 'load_local_state', 'local_scale', 'updates_of',
+           'RankInfo', 'free_port', 'sharing', 'join_ranks', 'leave', 'compute_dtype', 'seed_step', 'trained_config',
            'divide_frozen', 'layers_of', 'DeepSpeedEngine', 'forgotten_scale', 'sharded_step', 'sharded_total',
            'sharded_scale', 'masters', 'base_optimizer', 'empty_moments', 'held', 'whole_tensor', 'gather_sharded',
            'sharded_state', 'load_sharded_state']
@@ -205,9 +205,16 @@ def _fill_moments(optimizer, group, *, p, place, kept, step):
 # %% ../../nbs/training/05_engine.ipynb #09engine044
 def local_scale(self:LocalEngine,
     )->dict|None: # JSON; None unless fp16
-    "Return the loss scale, and the steps since it last changed."
+    "Return the loss scale, the steps since it last changed, and the updates taken."
     if not self.fp16: return None
-    return {"scale": self.scaler.get_scale(), "since": self.scaler._get_growth_tracker()}
+    return {"scale": self.scaler.get_scale(), "since": self.scaler._get_growth_tracker(),
+            "updates": updates_of(self.optimizer)}
+
+def updates_of(optimizer:torch.optim.Optimizer, # AdamW, torch's or bitsandbytes'
+    )->int: # fewer than steps, where fp16 skipped some
+    "Count the updates that an optimizer has taken, as its bias correction does (arXiv 1412.6980)."
+    return max((int(state["step"]) for state in optimizer.state.values() if "step" in state),
+               default=0)
 
 def _set_local_scale(self:LocalEngine, scale:dict|None)->None: # from either engine
     "Go on with a loss scale."
@@ -416,10 +423,11 @@ DeepSpeedEngine.step, DeepSpeedEngine.total = sharded_step, sharded_total
 # %% ../../nbs/training/05_engine.ipynb #09engine063
 def sharded_scale(self:DeepSpeedEngine,
     )->dict|None: # JSON, the same as from `local_scale`; None unless fp16
-    "Return the loss scale, and the steps since it last changed."
+    "Return the loss scale, the steps since it last changed, and the updates taken."
     if not self.ds.fp16_enabled(): return None
     s = _loss_scaler(self.ds)
-    return {"scale": float(s.cur_scale), "since": s.cur_iter-s.last_overflow_iter-1}
+    return {"scale": float(s.cur_scale), "since": s.cur_iter-s.last_overflow_iter-1,
+            "updates": updates_of(base_optimizer(self.ds))}
 
 def _set_sharded_scale(self:DeepSpeedEngine, scale:dict|None)->None: # from either engine
     "Go on with a loss scale."

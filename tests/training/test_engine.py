@@ -107,7 +107,7 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
     module = Half()
     engine, before = LocalEngine(module, make_optimizer(module), fp16=True), module.model[2].weight.clone()
     engine.scale = {"scale": 2.0**24, "since": 3}
-    assert engine.scale == {"scale": 2.0**24, "since": 3}
+    assert engine.scale == {"scale": 2.0**24, "since": 3, "updates": 0}
     accumulate(engine, [(x, y)], 7)
     assert not abs(engine.step(0.1)) < float("inf") and engine.skipped and engine.scale["scale"] == 2.0**23
     assert torch.equal(module.model[2].weight, before) and not engine.optimizer.state
@@ -118,6 +118,32 @@ def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale():
     accumulate(plain, [(x, y)], 7)
     assert engine.step(0.1) == pytest.approx(plain.step(0.1), rel=1e-2) and not engine.skipped, "fp16 keeps eleven bits; a sum of seven"
     assert engine.scale["since"] == 1 and plain.scale is None
+
+
+def test_a_step_that_fp16_skipped_is_no_update_after_a_resume(tmp_path):
+    """Two overflows and one update: AdamW's bias correction counts one. The next step of both engines is equal to the last bit."""
+    from qlora_kit.run.checkpoint import newest_checkpoint
+    from qlora_kit.run.run_folder import restore, save
+    from qlora_kit.training.loop import Progress
+
+    def make_half():
+        torch.manual_seed(0)
+        return LocalEngine(module := Half(), make_optimizer(module), fp16=True)
+    (x, y), engine, again = data(), make_half(), make_half()
+    for scale in (2.0**24, 2.0**24, 2.0**6):
+        engine.scale = {"scale": scale, "since": 0}
+        accumulate(engine, [(x, y)], 7)
+        engine.step(0.1)
+    assert engine.scale["updates"] == 1
+    save(tmp_path, engine, Progress(step=3), size=1, keep=2)
+    restore(again, newest_checkpoint(tmp_path))
+    for each in (engine, again):
+        accumulate(each, [(x, y)], 7)
+        each.step(0.1)
+    assert all(torch.equal(engine.state()[k], again.state()[k]) for k in engine.state()) and again.scale == engine.scale
+    other = make_half()
+    other.load(engine.state(), 4)  # as if every step had been an update
+    assert again.optimizer.state[again.trained[0]]["step"] == 2 != other.optimizer.state[other.trained[0]]["step"]
 
 
 def test_a_gradient_that_is_no_number_is_not_an_overflow():
