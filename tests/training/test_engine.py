@@ -212,9 +212,9 @@ for stage in range(4):
         before = engine.state()
         for i, part in enumerate(rows): engine.backward(engine.forward({k: tensors[k][part] for k in "xy"}), n=7, last=i == 1)
         norm = engine.step(0.1)
-        if engine.skipped: assert all((v == before[k]).all() for k, v in engine.state().items()) and engine.scale == {"scale": scale/2, "since": 0}, stage
+        if engine.skipped: assert all((v == before[k]).all() for k, v in engine.state().items()) and engine.scale == {"scale": scale/2, "since": 0, "updates": 0}, stage
         if scale > 2**9: assert engine.skipped; engine.scale = {"scale": 2.0**9, "since": 0}
-    assert not engine.skipped and engine.scale == {"scale": 2.0**9, "since": 1}, (stage, engine.scale)
+    assert not engine.skipped and engine.scale == {"scale": 2.0**9, "since": 1, "updates": 1}, (stage, engine.scale)
     norms.append(norm)
     engine.ds.destroy()
 if place.rank == 0: print(json.dumps(norms))
