@@ -313,6 +313,10 @@ def target_weight(
     return float(batch["weights"][:,1:][batch["labels"][:,1:] != -100].double().sum())
 
 # %% ../../nbs/data/04_batches.ipynb #02batches126
+def _number(value): # a CSV has its numbers as text
+    try: return float(value) if isinstance(value, str) else value
+    except ValueError: return value
+
 def row_weights(
     conversations:Iterable[Conversation], # n rows, read once
     field:str, # name of the column, in `meta`
@@ -321,7 +325,7 @@ def row_weights(
     weights, fields = {}, set()
     for c in conversations:
         fields |= c.meta.keys()
-        w = c.meta.get(field, 1.0)
+        w = _number(c.meta.get(field, 1.0))
         if isinstance(w, bool) or not isinstance(w, (int, float)) or not 0 < w < float("inf"):
             raise UserError(f"{c.where}: {field} is {w!r}; a weight is a number above 0: mend it, "
                             "or leave the row out if it shall not count")

@@ -580,6 +580,8 @@ def encode_text(
     if ids[-1:] != [tokenizer.eos_token_id]: ids = [*ids, tokenizer.eos_token_id]
     size = max_length or len(ids)
     parts = [ids[i:i+size] for i in range(0, len(ids), size)]
+    if len(parts) > 1 and len(parts[-1]) == 1: # EOS alone would have nothing to be predicted from
+        parts[-1] = [parts[-2][-1], *parts[-1]]
     return [Example(part, [False] + [True]*(len(part)-1), where) for part in parts]
 
 # %% ../../nbs/data/03_tokens.ipynb #01tokens089c

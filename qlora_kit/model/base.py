@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX', 'SMALL_FILES', 'EMBEDDED', 'cache_folder', 'convert_once', 'gguf_to_safetensors', 'weight_files',
-           'bin_to_safetensors', 'hub_problem', 'download', 'usable', 'usable_folder', 'resolve_base', 'load_tokenizer']
+           'small_files', 'bin_to_safetensors', 'hub_problem', 'download', 'usable', 'usable_folder', 'resolve_base',
+           'load_tokenizer']
 
 # %% ../../nbs/model/02_base.ipynb #modelbased
 import hashlib
@@ -117,14 +118,19 @@ def weight_files(
 INDEX = "model.safetensors.index.json"
 SMALL_FILES = (".json", ".txt", ".model", ".jinja")
 
+def small_files(
+    folder:Path, # holds a checkpoint
+) -> list[Path]:
+    "List config, tokenizer and template files."
+    return sorted(file for file in folder.iterdir() if file.suffix in SMALL_FILES
+                  and not file.name.endswith(".index.json"))
+
 def bin_to_safetensors(
     source:Path, # folder with config, tokenizer and pytorch_model*.bin
     folder:Path, # empty; receives the same, with safetensors
 ) -> None:
     "Rewrite pickled weights as safetensors, file by file."
-    for file in source.iterdir():
-        if file.suffix in SMALL_FILES and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, folder/file.name)
+    for file in small_files(source): shutil.copyfile(file, folder/file.name)
     places = {}
     for file in weight_files(source, "pytorch_model", ".bin"):
         tensors = torch.load(file, map_location="cpu", weights_only=True,
@@ -184,7 +190,7 @@ def usable(
     if weight_files(folder, "model", ".safetensors"): return folder
     bins = weight_files(folder, "pytorch_model", ".bin")
     if not bins: return None
-    key = tuple(map(_stamp, [folder/"config.json", *bins]))
+    key = tuple(map(_stamp, [*small_files(folder), *bins])) # an edited template counts, too
     return convert_once(folder, key, bin_to_safetensors)
 
 # %% ../../nbs/model/02_base.ipynb #04loader142

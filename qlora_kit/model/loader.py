@@ -304,10 +304,15 @@ def read_config(
     folder:Path, # has config.json
 ):               # the transformers config; `UserError` if there is none
     "The model's description."
-    try: return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try: config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:
         raise UserError(f"{folder}/config.json: transformers {transformers.__version__} cannot "
                         f"build a model from it ({str(e).strip().splitlines()[0]})") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{folder}/config.json: {config.model_type} is an encoder–decoder, whose "
+                        "decoder alone has learned to look at an encoder; take a causal decoder, a "
+                        "model that generates text from left to right")
+    return config
 
 # %% ../../nbs/model/03_loader.ipynb #04loader058
 def saved_quantization(

@@ -36,8 +36,9 @@ from .run_folder import (
     open_run, read_state, requests, restore, save, still_ours, summarize)
 from .trackers import open_tracker
 from ..training.engine import compute_dtype, join_ranks, LocalEngine, RankInfo
-from ..training.loop import (
-    check_document_isolation, end_reason, fit, lr_at, Progress, RunFailed, train_step)
+from qlora_kit.training.loop import (
+    check_causal, check_document_isolation, end_reason, fit, lr_at, Progress, RunFailed,
+    train_step)
 from ..training.zero import check_storage, read_deepspeed
 from ..use.evaluate import score_answers
 from ..use.generate import dequantized, generate, stop_ids
@@ -312,7 +313,9 @@ def _train(cfg, run, *, name, checkpoint, place, log, signals, say, quiet, debug
     _limit_waiting() # the engine has groups of its own
     progress = restore(engine, checkpoint) if checkpoint else Progress()
     if checkpoint and rank0: truncate_metrics(run, progress.step)
-    check_document_isolation(engine, job.feed, compute_dtype(cfg.training.dtype, place.device))
+    dtype = compute_dtype(cfg.training.dtype, place.device)
+    check_causal(engine, dtype)
+    check_document_isolation(engine, job.feed, dtype)
     say(f"{len(job.train)} training rows, {len(job.val)} for validation; {job.plan.total} steps of "
         f"{job.plan.size} {'sequences' if job.feed.capacity else 'rows'}; results in {run}")
     rows = load_questions(cfg.data) if cfg.data.score != "none" else None

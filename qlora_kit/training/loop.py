@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'lr_at', 'Schedule', 'make_schedule', 'Progress', 'RunFailed', 'Step', 'train_step', 'Meter', 'fit',
-           'end_reason', 'check_document_isolation']
+           'end_reason', 'check_causal', 'check_document_isolation']
 
 # %% ../../nbs/training/06_loop.ipynb #trainingloopd
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from ..data.batches import check_packing, Feed, target_weight
 from ..data.files import UserError
@@ -218,6 +220,26 @@ def end_reason(engine, heard:set)->str|None: # heard: what this rank heard, of R
     "Why every rank should end after this step."
     asked = [engine.total(reason in heard) > 0 for reason in REASONS] # the same on every rank
     return next((r for r, a in reversed(list(zip(REASONS, asked))) if a), None)
+
+# %% ../../nbs/training/06_loop.ipynb #25251966
+@torch.no_grad()
+def check_causal(engine, # asked without dropout
+    dtype:str="float32", # of the arithmetic
+    )->None: # `UserError` if a prediction depends on what follows
+    "Refuse a model that looks ahead."
+    ids = torch.arange(1, 9)[None]
+    other, labels = ids.clone(), torch.full_like(ids, -100)
+    other[0, -1] = 9
+    labels[0, 3] = ids[0, 3]
+    training = engine.module.training
+    engine.module.eval()
+    try: a, b = (float(engine.forward(dict(input_ids=x, labels=labels))) for x in (ids, other))
+    finally: engine.module.train(training)
+    far = abs(a - b) > (1e-5 if dtype == "float32" else 1e-2)*max(abs(a), 1e-3)
+    if not far: return # nor for a loss that is no number, of which the first step speaks
+    raise UserError(f"model.base_model: a token's prediction depends on tokens behind it (loss "
+                    f"{a:.4f} and {b:.4f} for other last tokens), so this is no causal decoder; "
+                    "take a model that generates text from left to right")
 
 # %% ../../nbs/training/06_loop.ipynb #trainingloop039
 def check_document_isolation(engine, # asked without dropout

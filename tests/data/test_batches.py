@@ -192,8 +192,8 @@ def test_wishes_that_cannot_be_met():
     with pytest.raises(UserError, match="row 3 has 9 tokens.*holds 8.*max_length"): Feed([*examples(3, 8), Example([1]*9, [True]*9)], 0, capacity=8)
     with pytest.raises(UserError, match="n=0 rows"): Feed([], 0)
     talks = lambda *weights: [Conversation([], f"row {i}", {} if w is None else {"w": w}) for i,w in enumerate(weights)]
-    assert row_weights(talks(2, None, 0.5), "w") == {"row 0": 2.0, "row 1": 1.0, "row 2": 0.5}
-    for bad in (0, -1, True, "2", float("nan"), float("inf")):
+    assert row_weights(talks(2, None, 0.5), "w") == {"row 0": 2.0, "row 1": 1.0, "row 2": 0.5} == row_weights(talks("2", None, "0.5"), "w")  # a CSV's are text
+    for bad in (0, -1, True, "two", "", float("nan"), float("inf")):
         with pytest.raises(UserError, match="row 1: w is .*above 0"): row_weights(talks(1, bad), "w")
     with pytest.raises(UserError, match="two rows are called 'row 0'"): row_weights(talks(1) + talks(2), "w")
 

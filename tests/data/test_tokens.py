@@ -260,6 +260,19 @@ def test_plain_text_is_divided_and_all_of_it_learned():
     assert all(len(p.ids) <= 100 and p.targets == [False] + [True]*(len(p.ids)-1) for p in parts) and len(parts) == -(-len(ids)//100)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_end_of_a_text_that_fills_its_parts_is_learned(k):
+    """k × max_length tokens and EOS: one token alone has nothing to be predicted from, so it gets the one before it."""
+    tok = tokenizer()
+    text = "ab" * 200
+    size = len(tok(text)["input_ids"])
+    size, text = 20, tok.decode(tok(text)["input_ids"][:20*k])
+    assert len(tok(text)["input_ids"]) == size*k
+    parts = encode_turns(tok, Conversation([{"role": "text", "content": text}], "a.txt"), size)
+    taught = [i for part in parts for i, t in zip(part.ids, part.targets) if t]
+    assert taught[-1] == tok.eos_token_id and all(any(p.targets) for p in parts) and len(parts[-1].ids) == 2
+
+
 def test_examples_on_disk_are_the_examples_in_memory(tmp_path):
     tok = tokenizer(CHATML)
     rows = [Conversation(talk(*ANSWERS[i % 4:]), f"row {i}") for i in range(50)] + [Conversation([{"role": "user", "content": "w"*400}, TWO[1]], "long")]

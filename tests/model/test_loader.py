@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from qlora_kit.model import base, loader
 from qlora_kit.data.files import UserError
-from qlora_kit.model.loader import load_model, packed_hash, quantization_config
+from qlora_kit.model.loader import load_model, packed_hash, quantization_config, read_config
 from qlora_kit.model.base import load_tokenizer, resolve_base
 
 LLAMA = dict(vocab_size=300, hidden_size=64, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4,
@@ -280,6 +280,21 @@ def test_bin_is_converted_once(folders, tmp_path, cache, capfd, parts):
     assert resolve_base(str(old)) == first
     out, err = capfd.readouterr()
     assert out == "" and err.count("Converting old to safetensors, once") == 1
+
+
+def test_an_edited_template_beside_a_bin_is_read_again(folders, tmp_path, cache):
+    old = pickled(folders["llama"], tmp_path/"old")
+    (old/"chat_template.jinja").write_text("one")
+    first = resolve_base(str(old))
+    (old/"chat_template.jinja").write_text("another")
+    assert (first/"chat_template.jinja").read_text() == "one" and (resolve_base(str(old))/"chat_template.jinja").read_text() == "another"
+
+
+def test_an_encoder_decoder_is_no_base(tmp_path):
+    from transformers import BartConfig
+
+    BartConfig().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="bart is an encoder–decoder"): read_config(tmp_path)
 
 
 def test_a_pickle_that_would_run_code_is_refused(folders, tmp_path, cache):

@@ -1,11 +1,14 @@
 """The loop under a whole run: what a step sums, when a loss ends it, and what its speed counts."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import losses, run
 from safetensors.torch import load_file, save_file
 
+from qlora_kit.data.files import UserError
 from qlora_kit.training.loop import RunFailed
 from qlora_kit.run.checkpoint import checkpoint_info, checkpoints, load_checkpoint
 from qlora_kit.run.monitor import read_metrics
@@ -75,3 +78,21 @@ def test_a_validation_loss_that_is_no_number_ends_the_run_and_is_never_the_best(
     assert checkpoint_info(checkpoints(folder)[0])["progress"]["best_val"] == 2.0
     old = Progress(step=3, best_val=float("nan"), best_step=1, waiting=1)  # of an older kit
     assert old.evaluated(2.5) and old.best_val == 2.5
+
+
+@pytest.mark.parametrize("family, shape, causal", [
+    ("llama", dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=320), True),
+    ("gpt2", dict(n_embd=64, n_layer=2, n_head=4, vocab_size=320), True), ("bloom", dict(hidden_size=64, n_layer=2, n_head=4, vocab_size=320), True),
+    ("xlnet", dict(d_model=64, n_layer=2, n_head=4, d_inner=128, vocab_size=320), False)])
+def test_a_model_that_looks_ahead_is_refused(family, shape, causal):
+    """transformers' own models of two layers; XLNet's reads all tokens at once."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_kit.training.loop import check_causal
+    from qlora_kit.training.loss import LossModel
+
+    torch.manual_seed(0)
+    module = LossModel(AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape)))
+    engine = SimpleNamespace(module=module, forward=lambda batch: module(**batch))
+    if causal: return check_causal(engine)
+    with pytest.raises(UserError, match="depends on tokens behind it"): check_causal(engine)
