@@ -1419,6 +1419,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'qlora_kit/tools/commands.py'),
                                           'qlora_kit.tools.commands._show_parts': ( 'tools/commands.html#_show_parts',
                                                                                     'qlora_kit/tools/commands.py'),
+                                          'qlora_kit.tools.commands._spare_terminal': ( 'tools/commands.html#_spare_terminal',
+                                                                                        'qlora_kit/tools/commands.py'),
                                           'qlora_kit.tools.commands._typed_lines': ( 'tools/commands.html#_typed_lines',
                                                                                      'qlora_kit/tools/commands.py'),
                                           'qlora_kit.tools.commands._words': ('tools/commands.html#_words', 'qlora_kit/tools/commands.py'),

@@ -742,12 +742,17 @@ def run_app(argv:list, # words of the command line
     )->int: # exit code
     "Run a command, say in a line what went wrong, and leave the exit code for the caller."
     rank = int(os.environ.get("RANK", 0))
+    _spare_terminal()
     try: code, text = app(spell_resume(argv), standalone_mode=False, prog_name="qlora-kit") or 0, ""
     except (Exception, KeyboardInterrupt, SystemExit) as e:
         code, text = ending(e)
         if "--debug" in argv and code == 1 and isinstance(e, Exception): text = traceback.format_exc()
     if text: print(f"rank {rank}: {text}" if rank else text, file=sys.stderr)
     return _end_process(code)
+
+def _spare_terminal(): # a sign that its encoding lacks becomes a question mark, and ends nothing
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
 
 # %% ../../nbs/tools/07_commands.ipynb #17launch075a
 def _end_process(code): # leaves it in the mailbox; a rank that failed ends with it

@@ -274,7 +274,13 @@ def join_ranks(several:bool=False, # join through DeepSpeed, even if this is the
                         if k in os.environ))
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0))//per_host))
-    deepspeed.init_distributed(dist_backend="nccl" if cards >= per_host else "gloo", verbose=False)
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if cards >= per_host else "gloo",
+                                   verbose=False)
+    except torch.distributed.DistNetworkError as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(f"the ranks cannot meet at {where} ({str(e).splitlines()[0][:120]}); if "
+                        "another program has that port, give a free one with --port") from None
     _forget_buffer()
     place = RankInfo(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
     if place.rank == 0 and sharing(per_host, cards):

@@ -475,3 +475,25 @@ def test_a_streaming_run_is_evaluated_on_the_rows_that_it_held_out(tiny_config):
     _, rows = held_out_rows(str(done.run))
     everything = load_conversations(done.run.parents[1] / "rows.json")
     assert 0 < len(rows) < len(everything) and [c.messages for c in rows] == [c.messages for c in everything if held_out(c, 0.3, seed=0)]
+
+
+@pytest.mark.parametrize("words", [["inspect", "{config}"], ["plan", "llama-3.1-8b-1x24gb", "--gpu-memory", "24GB"]], ids=lambda words: words[0])
+def test_a_terminal_that_lacks_a_sign_ends_no_command(words, tiny_config, tmp_path):
+    (tmp_path / "signs.json").write_text(json.dumps([dict(instruction="请解释", input="", output="✓ 茶")] * 4), encoding="utf-8")
+    config = tiny_config("signs", data__train_file=str(tmp_path / "signs.json"), data__validation_split=0)
+    done = subprocess.run([sys.executable, "-m", "qlora_kit.tools.commands", *(w.format(config=config) for w in words)], capture_output=True, timeout=120,
+                          env=os.environ | {"PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0 and b"?" in done.stdout, done.stderr.decode("cp1252")
+
+
+def test_a_port_that_is_taken_is_one_line():
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code = "from qlora_kit.data.files import UserError\nfrom qlora_kit.training.engine import join_ranks\ntry: join_ranks(several=True)\nexcept UserError as e: print(e)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
+                              env=os.environ | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu"))
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in done.stdout and "--port" in done.stdout, done.stderr[-500:]
