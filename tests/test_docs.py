@@ -167,15 +167,6 @@ def test_text_is_legible_in_both_themes(browser, scheme):
     assert not weak, "\n".join(sorted(set(weak)))
 
 
-def test_papers_are_listed_once_and_all_that_pages_cite_are_there():
-    cited = set()
-    for page in (ROOT / "nbs").rglob("*.ipynb"):
-        if ".ipynb_checkpoints" not in page.parts:
-            cited |= set(re.findall(r"(?:arXiv:?\s*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", page.read_text(encoding="utf-8")))
-    listed = re.findall(r"\[arXiv (\d{4}\.\d{4,5})\]", (ROOT / "nbs/reference/papers.qmd").read_text(encoding="utf-8"))
-    assert len(listed) == len(set(listed)) and cited <= set(listed), cited - set(listed)
-
-
 def test_the_notebook_for_colab_brings_the_kit_along(tmp_path):
     """Alone in an empty folder, with a Python that has no kit: its first cells write a wheel, choose it, and the kit in it is this one."""
     cells = [c for c in json.loads((SITE / "notebooks/tutorials/colab.ipynb").read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]

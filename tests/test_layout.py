@@ -88,3 +88,12 @@ def bound(tree):
     stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
     return aliases | defined | stored | arguments
+
+
+def test_papers_are_listed_once_and_all_that_pages_cite_are_there():
+    cited = set()
+    for page in (ROOT / "nbs").rglob("*.ipynb"):
+        if ".ipynb_checkpoints" not in page.parts:
+            cited |= set(re.findall(r"(?:arXiv:?\s*|arxiv\.org/abs/)(\d{4}\.\d{4,5})", page.read_text(encoding="utf-8")))
+    listed = re.findall(r"\[arXiv (\d{4}\.\d{4,5})\]", (ROOT / "nbs/reference/papers.qmd").read_text(encoding="utf-8"))
+    assert len(listed) == len(set(listed)) and cited <= set(listed), cited - set(listed)
